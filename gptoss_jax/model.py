@@ -1,0 +1,264 @@
+"""The network: Flax NNX modules declare the parameters and the computation, plain dicts of arrays travel.
+
+Outside this file a model is (config, params): a frozen dataclass and a nested dict. They meet at trace time in
+`apply`; no NNX object crosses a jit boundary. Knows no files, no text, no sampling.
+
+The parameter tree is a reshape of the released Hugging Face layout (outputs first, gate and up interleaved):
+
+    embedding VD, norm D, unembedding VD, layers.i.attention {norm D, q NHD, k KHD, v KHD, o DNH, *_bias, sinks N},
+    layers.i.mlp {norm D, router ED, router_bias E, gate_up EFPD, gate_up_bias EFP, down EDF, down_bias ED}
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gptoss_jax import cache as kv
+from gptoss_jax import dims, ops
+from gptoss_jax.cache import KVCache
+from gptoss_jax.config import SLIDING, GptOssConfig
+from gptoss_jax.ops.attention import banded
+from gptoss_jax.ops.rope import frequencies
+
+Params = dict[str, Any]
+
+
+class _Declared(nnx.Module):
+    """A module whose parameters are declared by letters."""
+
+    def declare(self, config: GptOssConfig, rngs: nnx.Rngs, dtype, **letters: str) -> None:
+        """Adds one parameter for each name: norms start at one, biases at zero, the rest normal with deviation 0.02."""
+        for name, axes in letters.items():
+            shape = dims.shape(axes, config)
+            if name == "norm":
+                value = jnp.ones(shape, dtype)
+            elif name.endswith("bias"):
+                value = jnp.zeros(shape, dtype)
+            else:
+                value = (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+            setattr(self, name, nnx.Param(value, dims=axes))
+
+
+class Attention(_Declared):
+    """Grouped-query attention with sinks, sliding or full."""
+
+    def __init__(self, config: GptOssConfig, layer: int, *, rngs: nnx.Rngs, dtype):
+        self.config = config
+        self.window = config.sliding_window if config.layer_types[layer] == SLIDING else None
+        self.declare(config, rngs, dtype, norm="D", q="NHD", q_bias="NH", k="KHD", k_bias="KH", v="KHD", v_bias="KH")
+        self.declare(config, rngs, dtype, sinks="N", o="DNH", o_bias="D")
+
+    def __call__(self, x_BTD, span, stored):
+        """Adds the attention's output to x; returns x and the layer's new (keys, values)."""
+        norm = ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps)
+        with jax.named_scope("qkv"):
+            q = ops.linear("BTD,NHD->BTNH", norm, self.q.get_value(), self.q_bias.get_value())
+            k = ops.linear("BTD,KHD->BTKH", norm, self.k.get_value(), self.k_bias.get_value())
+            v = ops.linear("BTD,KHD->BTKH", norm, self.v.get_value(), self.v_bias.get_value())
+        q, k = ops.rotate(q, *span.rotation), ops.rotate(k, *span.rotation)
+        out, stored = self._attend(q, k, v, span, stored)
+        with jax.named_scope("o"):
+            return x_BTD + ops.linear("BTNH,DNH->BTD", out, self.o.get_value(), self.o_bias.get_value()), stored
+
+    def _attend(self, q, k, v, span, stored):
+        sinks, window = self.sinks.get_value(), self.window
+        positions = span.positions_BT
+        if stored is None:
+            if window is None or k.shape[1] <= window:
+                return ops.attention(q, k, v, sinks, positions, span.known_BT, window, span.segments), None
+            return self._band(q, k, v, None, span), None
+        keys, values = stored
+        size = keys.shape[1]
+        if window is None:
+            slots = kv.full_slots(span.known_BT, size)
+            keys, values = kv.write(keys, k, slots), kv.write(values, v, slots)
+            known = kv.full_positions(span.length_B, size)
+            return ops.attention(q, keys, values, sinks, positions, known), (keys, values)
+        slots = kv.ring_slots(span.known_BT, span.length_B, size)
+        new = kv.write(keys, k, slots), kv.write(values, v, slots)
+        if k.shape[1] == 1:  # the ring already holds all that one query sees
+            known = kv.ring_positions(span.length_B, size)
+            return ops.attention(q, *new, sinks, positions, known, window), new
+        return self._band(q, k, v, stored, span), new
+
+    def _band(self, q, k, v, stored, span):
+        """A window over the keys before this call (the ring, or nothing) and this call's own."""
+        window, segments = self.window, span.segments
+        if stored is None:
+            pad = [(0, 0), (window, 0)]
+            before, keys, values = (jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2)) for x in (span.known_BT, k, v))
+            before = before.at[:, :window].set(-1)
+            if segments is not None:
+                segments = segments[0], jnp.pad(segments[1], pad)
+        else:
+            ring = kv.ring_positions(span.before_B, window)
+            before = jnp.concatenate([ring, span.known_BT], axis=1)
+            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(stored, (k, v), strict=True))
+        return banded(q, keys, values, self.sinks.get_value(), span.positions_BT, before, window, segments)
+
+
+class Mlp(_Declared):
+    """Router and experts."""
+
+    def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype):
+        self.config = config
+        self.declare(config, rngs, dtype, norm="D", router="ED", router_bias="E")
+        self.declare(config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED")
+
+    def __call__(self, x_BTD):
+        """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X]."""
+        config = self.config
+        norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(-1, config.hidden_size)
+        chosen = config.experts_per_token
+        weights, experts = ops.route(norm, self.router.get_value(), self.router_bias.get_value(), chosen)
+        out = ops.expert_mlp(
+            norm, weights, experts,
+            self.gate_up.get_value(), self.gate_up_bias.get_value(), self.down.get_value(), self.down_bias.get_value(),
+            alpha=config.swiglu_alpha, limit=config.swiglu_limit,
+        )  # fmt: skip
+        return x_BTD + out.reshape(x_BTD.shape), experts.reshape(*x_BTD.shape[:2], -1)
+
+
+class Block(nnx.Module):
+    """One layer."""
+
+    def __init__(self, config: GptOssConfig, layer: int, *, rngs: nnx.Rngs, dtype):
+        self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x_BTD, span, stored):
+        x_BTD, stored = self.attention(x_BTD, span, stored)
+        x_BTD, experts = self.mlp(x_BTD)
+        return x_BTD, stored, experts
+
+
+class GptOss(_Declared):
+    """The whole network; `dims` of every parameter say its axes."""
+
+    def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.declare(config, rngs, dtype, embedding="VD", norm="D", unembedding="VD")
+        self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
+
+    def __call__(self, tokens_BT, span, stored):
+        """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen experts a layer."""
+        x_BTD = self.embedding.get_value()[tokens_BT]
+        kept, routed = [], []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{i}"):
+                x_BTD, pair, experts = layer(x_BTD, span, None if stored is None else stored[i])
+            kept.append(pair)
+            routed.append(experts)
+        return ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps), kept, routed
+
+
+class _Span:
+    """Where the tokens of one call stand: positions, lengths before and after, segments, rotation."""
+
+    def __init__(self, tokens_BT, mask_BT, before_B, config, segments_BT):
+        B, T = tokens_BT.shape
+        steps = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        self.segments = None if segments_BT is None else (segments_BT, segments_BT)
+        if segments_BT is not None:
+            first = jnp.argmax(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1).astype(jnp.int32)
+            steps, mask_BT = steps - first, segments_BT > 0
+        self.before_B = jnp.zeros(B, jnp.int32) if before_B is None else before_B
+        self.positions_BT = self.before_B[:, None] + steps
+        count_B = jnp.full(B, T, jnp.int32) if mask_BT is None else mask_BT.sum(1, dtype=jnp.int32)
+        self.length_B = self.before_B + count_B
+        self.known_BT = self.positions_BT if mask_BT is None else jnp.where(mask_BT, self.positions_BT, -1)
+        inverse, concentration = frequencies(
+            config.head_dim, config.rope_theta, config.rope_factor,
+            config.rope_beta_fast, config.rope_beta_slow, config.original_context,
+        )  # fmt: skip
+        self.rotation = ops.rotation(self.positions_BT, inverse, concentration)
+
+
+@functools.lru_cache
+def skeleton(config: GptOssConfig) -> tuple[Any, Any]:
+    """(graphdef, abstract state with `dims`); no arrays, once per config."""
+    return nnx.split(nnx.eval_shape(lambda: GptOss(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def letters(config: GptOssConfig) -> Params:
+    """Tree of the parameters' letters, for example ["layers"][0]["attention"]["q"] == "NHD"."""
+    state = skeleton(config)[1]
+    tree = jax.tree.map(lambda v: v.dims, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.to_pure_dict(tree)
+
+
+def init_params(config: GptOssConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Random parameters, experts as plain arrays of `dtype`."""
+    return nnx.to_pure_dict(nnx.state(GptOss(config, rngs=nnx.Rngs(params=key), dtype=dtype), nnx.Param))
+
+
+def hidden(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    *,
+    config: GptOssConfig,
+    mask: Bool[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache | None, Int[Array, "B T L X"]]:
+    """Hidden states before the unembedding; arguments as `apply`.
+
+    Returns:
+      [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X].
+    """
+    order = None
+    if mask is not None:
+        # Rows are moved so that their tokens come first: after that every kind of padding is right-padding.
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        tokens_BT, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens_BT, mask))
+    span = _Span(tokens_BT, mask, None if cache is None else cache.length_B, config, segments)
+    network = nnx.merge(skeleton(config)[0], params)
+    stored = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
+    x_BTD, kept, routed = network(tokens_BT, span, stored)
+    if cache is not None:
+        cache = KVCache(tuple(k for k, _ in kept), tuple(v for _, v in kept), span.length_B)
+    experts = jnp.stack(routed, axis=2)
+    if order is not None:
+        back = jnp.argsort(order, axis=1)
+        x_BTD = jnp.take_along_axis(x_BTD, back[..., None], axis=1)
+        experts = jnp.take_along_axis(experts, back[..., None, None], axis=1)
+    return x_BTD, cache, experts
+
+
+def unembed(params: Params, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """Float32 logits of hidden states."""
+    with jax.named_scope("unembed"):
+        return jnp.einsum("...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32)
+
+
+def apply(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    *,
+    config: GptOssConfig,
+    mask: Bool[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T V"], KVCache | None]:
+    """The network as a pure function, to be called inside jax.jit.
+
+    Args:
+      params: Nested dict of arrays and MxTensors.
+      tokens_BT: int32 ids; must be in range (the host checks: JAX would clamp them).
+      cache: What came before, or None for whole sequences.
+      config: The model.
+      mask: False where a token is padding, left or right or anywhere; None for none.
+      segments: Segment ids for packed sequences, 0 for padding; only without a cache.
+
+    Returns:
+      float32 logits [B, T, V] (meaningless where the mask is False), and the new cache or None.
+    """
+    x_BTD, cache, _ = hidden(params, tokens_BT, cache, config=config, mask=mask, segments=segments)
+    return unembed(params, x_BTD), cache
+
+
+forward = jax.jit(apply, static_argnames=("config",))

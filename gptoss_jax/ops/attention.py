@@ -1,0 +1,150 @@
+"""Grouped-query attention with sinks: causal, with or without a sliding window, over any keys whose positions are known.
+
+One definition serves training, prefill and decode: a key is visible if its position is known, not later than the
+query's, within the window, and in the query's segment. Masked or never written slots carry position -1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+SCORES_LIMIT = 1 << 26  # float32 scores held at once (256 MB): above it queries go block by block
+QUERY_BLOCK = 128
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    sinks_N: Float[Array, " N"],
+    q_positions_BT: Int[Array, "B T"],
+    k_positions_BS: Int[Array, "B S"],
+    window: int | None = None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax over the visible keys and one sink per head, whose share is dropped.
+
+    out = sum_j exp(q.k_j / sqrt(H)) v_j / (exp(sink) + sum_j exp(q.k_j / sqrt(H))); query head n uses kv head n // G.
+    The sink is neither scaled nor rotated. A query that sees no key gives zeros.
+
+    Args:
+      q_BTNH: Rotated queries.
+      k_BSKH: Rotated keys.
+      v_BSKH: Values.
+      sinks_N: One logit a query head.
+      q_positions_BT: int32.
+      k_positions_BS: int32, -1 where the slot holds nothing.
+      window: Keys a query sees, itself included: positions p - window + 1 .. p; None for all.
+      segments: Segment ids of queries and keys (packed training); None for one segment.
+
+    Returns:
+      [B, T, N, H] in q's dtype; scores, softmax and sums in float32.
+
+    Source: openai/gpt-oss gpt_oss/triton/attention.py attention_ref, and gpt_oss/torch/model.py sdpa.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    sinks_KG = sinks_N.reshape(K, N // K).astype(jnp.float32)
+
+    def some(q, q_positions, q_segments):
+        visible_BTS = _visible(q_positions, k_positions_BS, window)
+        if segments is not None:
+            visible_BTS &= q_segments[:, :, None] == segments[1][:, None, :]
+        return _softmax_average(q, k_BSKH, v_BSKH, sinks_KG, visible_BTS)
+
+    q_segments_BT = q_positions_BT if segments is None else segments[0]
+    with jax.named_scope("attention"):
+        if B * N * T * S <= SCORES_LIMIT or T <= QUERY_BLOCK:
+            out = some(q_BTKGH, q_positions_BT, q_segments_BT)
+        else:
+            out = _by_blocks(some, q_BTKGH, q_positions_BT, q_segments_BT)
+    return out.reshape(B, T, N, H)
+
+
+def banded(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    sinks_N: Float[Array, " N"],
+    q_positions_BT: Int[Array, "B T"],
+    k_positions_BS: Int[Array, "B S"],
+    window: int,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attention` with a window over S = window + T keys, in time T * window instead of T * S.
+
+    The first `window` keys are those before the queries (a ring's, in any order; position -1 for none), the others are
+    the queries' own, in order. A block of `window` queries sees two blocks of keys.
+
+    Args: As `attention`; k and v have window + T rows.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    count = -(-T // window)
+    pad = count * window - T
+
+    def blocks(x, fill=0):
+        """[B, n * window, ...] -> [B, n, window, ...], padded at the end."""
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return x.reshape(B, -1, window, *x.shape[2:])
+
+    def pairs(x, fill=0):
+        """Keys that each block of queries sees: [B * count, 2 * window, ...]."""
+        x = blocks(x, fill)
+        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(B * count, 2 * window, *x.shape[3:])
+
+    def fold(x, fill=0):
+        return blocks(x, fill).reshape(B * count, window, *x.shape[2:])
+
+    q_positions, k_positions = fold(q_positions_BT, -1), pairs(k_positions_BS, -1)
+    visible = _visible(q_positions, k_positions, window)
+    if segments is not None:
+        visible &= fold(segments[0])[:, :, None] == pairs(segments[1])[:, None, :]
+    with jax.named_scope("attention"):
+        out = _softmax_average(
+            fold(q_BTNH).reshape(B * count, window, K, N // K, H),
+            pairs(k_BSKH),
+            pairs(v_BSKH),
+            sinks_N.reshape(K, N // K).astype(jnp.float32),
+            visible,
+        )
+    return out.reshape(B, count * window, N, H)[:, :T]
+
+
+def _visible(q_positions, k_positions, window):
+    """bool [B, T, S]: written, causal, inside the window."""
+    q, k = q_positions[:, :, None], k_positions[:, None, :]
+    visible = (k >= 0) & (k <= q)
+    return visible if window is None else visible & (k > q - window)
+
+
+def _softmax_average(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, visible_BTS):
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, -jnp.inf)
+    sinks = sinks_KG[None, :, :, None, None]
+    # The sink is finite, so that the largest is finite and rows without a key give 0, not NaN.
+    largest = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest)
+    weights = (weights / total).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=jnp.float32)
+    return out.astype(q_BTKGH.dtype)
+
+
+def _by_blocks(some, q_BTKGH, positions_BT, segments_BT):
+    """Runs `some` on blocks of queries one after another, so that only a block's scores are held."""
+    B, T = positions_BT.shape
+    count = -(-T // QUERY_BLOCK)
+
+    def split(x, fill):
+        pad = [(0, 0), (0, count * QUERY_BLOCK - T)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill).reshape(B, count, QUERY_BLOCK, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    parts = (split(q_BTKGH, 0), split(positions_BT, -1), split(segments_BT, -1))
+    out = jax.lax.map(jax.checkpoint(lambda part: some(*part)), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(B, count * QUERY_BLOCK, *out.shape[3:])[:, :T]

@@ -1,0 +1,143 @@
+"""The mixture of experts: router and expert feed-forward, dropless, on packed MXFP4 or plain weights.
+
+Never does all experts' work for one token, and never holds more unpacked experts than one step of its loop needs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.mxfp4 import MxTensor
+
+UNPACKED_LIMIT = 1 << 24  # weights unpacked at once (64 MB in float32); above it experts go one after another
+BLOCK_ROWS = 64  # rows of one expert that share one unpacking in the grouped path
+
+Weight = MxTensor | jax.Array
+
+
+def route(
+    x_MD: Float[Array, "M D"], weight_ED: Float[Array, "E D"], bias_E: Float[Array, " E"], chosen: int
+) -> tuple[Float[Array, "M X"], Int[Array, "M X"]]:
+    """Chooses experts by the largest logits and weighs them by a softmax over the chosen ones.
+
+    Args:
+      x_MD: Normalised activations.
+      weight_ED: Router weight.
+      bias_E: Router bias, part of the logits.
+      chosen: Experts a token (X).
+
+    Returns:
+      float32 weights [M, X] that sum to 1, and int32 expert ids [M, X].
+
+    Source: openai/gpt-oss gpt_oss/torch/model.py MLPBlock.forward (softmax after top-k).
+    """
+    with jax.named_scope("route"):
+        logits = jnp.einsum("MD,ED->ME", x_MD, weight_ED, preferred_element_type=jnp.float32)
+        logits = logits + bias_E.astype(jnp.float32)[None]
+        top, experts = jax.lax.top_k(logits, chosen)
+        return jax.nn.softmax(top, axis=-1), experts.astype(jnp.int32)
+
+
+def swiglu(h_FP: Float[Array, "*batch F P"], alpha: float, limit: float) -> Float[Array, "*batch F"]:
+    """Clamped SwiGLU: g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = clip(up, -limit, limit).
+
+    Source: openai/gpt-oss gpt_oss/torch/model.py swiglu.
+    """
+    gate, up = h_FP[..., 0], h_FP[..., 1]
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1.0)
+
+
+def expert_mlp(
+    x_MD: Float[Array, "M D"],
+    weights_MX: Float[Array, "M X"],
+    experts_MX: Int[Array, "M X"],
+    gate_up_EFPD: Weight,
+    gate_up_bias_EFP: Float[Array, "E F P"],
+    down_EDF: Weight,
+    down_bias_ED: Float[Array, "E D"],
+    *,
+    alpha: float,
+    limit: float,
+) -> Float[Array, "M D"]:
+    """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen experts only.
+
+    Few rows: one matrix-vector product for each (row, expert) pair. Many: pairs are sorted by expert into blocks of at
+    most 64 rows, and every block unpacks its expert once.
+
+    Args:
+      x_MD: Normalised activations.
+      weights_MX: float32 routing weights.
+      experts_MX: int32 ids.
+      gate_up_EFPD: MxTensor, or an array of x's dtype; P is the interleaved (gate, up) pair.
+      gate_up_bias_EFP: Bias.
+      down_EDF: MxTensor, or an array of x's dtype.
+      down_bias_ED: Bias, added before the weighting.
+      alpha: SwiGLU's slope.
+      limit: SwiGLU's clamp.
+
+    Returns:
+      [M, D] in x's dtype.
+    """
+    M, X = experts_MX.shape
+    E, F, P, D = gate_up_EFPD.shape
+    pairs = M * X
+
+    def one(x_bD, expert):
+        """Rows of one expert: [b, D] -> float32 [b, D]."""
+        gate_up = _unpack(gate_up_EFPD[expert], x_bD.dtype)
+        h = jnp.einsum("bD,FPD->bFP", x_bD, gate_up, preferred_element_type=jnp.float32)
+        h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
+        act = swiglu(h, alpha, limit).astype(x_bD.dtype)
+        out = jnp.einsum("bF,DF->bD", act, _unpack(down_EDF[expert], x_bD.dtype), preferred_element_type=jnp.float32)
+        return out + down_bias_ED[expert].astype(jnp.float32)[None]
+
+    with jax.named_scope("expert_mlp"):
+        if pairs <= max(E, BLOCK_ROWS):
+            rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
+            out = _for_each(one, rows, experts_MX.reshape(-1), F * P * D + D * F)[:, 0]
+        else:
+            slots, sources, block_experts = group(experts_MX.reshape(-1), E, BLOCK_ROWS)
+            rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
+            rows = rows.reshape(-1, BLOCK_ROWS, D)
+            out = _for_each(one, rows, block_experts, F * P * D + D * F).reshape(-1, D)[slots]
+        out = out.reshape(M, X, D) * weights_MX[..., None]
+        return out.sum(1).astype(x_MD.dtype)
+
+
+def group(experts_R: Int[Array, " R"], count: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sorts rows by expert into blocks of `block` slots, each of one expert; nothing is dropped, whatever the load.
+
+    Args:
+      experts_R: Expert of each row.
+      count: Number of experts.
+      block: Slots a block.
+
+    Returns:
+      slot of each row [R]; row of each slot [blocks * block], R * large for an empty one; expert of each block.
+    """
+    R = experts_R.shape[0]
+    blocks = R // block + min(count, R)  # sum of ceil(c_e / block) is never more
+    order = jnp.argsort(experts_R, stable=True)
+    loads = jnp.zeros(count, jnp.int32).at[experts_R].add(1)
+    starts = jnp.cumsum(loads) - loads
+    block_ends = jnp.cumsum(-(-loads // block))
+    block_starts = block_ends - -(-loads // block)
+    sorted_experts = experts_R[order]
+    sorted_slots = block_starts[sorted_experts] * block + jnp.arange(R, dtype=jnp.int32) - starts[sorted_experts]
+    slots = jnp.zeros(R, jnp.int32).at[order].set(sorted_slots)
+    empty = jnp.iinfo(jnp.int32).max
+    sources = jnp.full(blocks * block, empty, jnp.int32).at[sorted_slots].set(order.astype(jnp.int32))
+    block_experts = jnp.searchsorted(block_ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
+    return slots, sources, jnp.minimum(block_experts, count - 1).astype(jnp.int32)
+
+
+def _for_each(one, rows, experts, unpacked):
+    """one(rows[i], experts[i]) for every i: all at once if the unpacked weights are few, else one after another."""
+    if rows.shape[0] * unpacked <= UNPACKED_LIMIT:
+        return jax.vmap(one)(rows, experts)
+    return jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), (rows, experts))
+
+
+def _unpack(weight: Weight, dtype) -> jax.Array:
+    return weight.dequantize(dtype) if isinstance(weight, MxTensor) else weight
