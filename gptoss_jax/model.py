@@ -211,7 +211,7 @@ def hidden(
       [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X].
     """
     order = None
-    if mask is not None:
+    if mask is not None and mask.shape[1] > 1:
         # Rows are moved so that their tokens come first: after that every kind of padding is right-padding.
         order = jnp.argsort(~mask, axis=1, stable=True)
         tokens_BT, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens_BT, mask))
