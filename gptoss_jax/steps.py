@@ -46,6 +46,7 @@ class Output:
       tokens_Bn: int32, -1 after a row has stopped.
       logprobs_Bn: float32 of the chosen tokens (0 unless asked for).
       top_ids_Bnk, top_logprobs_Bnk: The likeliest tokens.
+      stopped_B: bool, rows whose last token is a stop token.
       steps: int32, columns made.
     """
 
@@ -53,6 +54,7 @@ class Output:
     logprobs_Bn: jax.Array
     top_ids_Bnk: jax.Array
     top_logprobs_Bnk: jax.Array
+    stopped_B: jax.Array
     steps: jax.Array
 
 
@@ -85,15 +87,17 @@ def prefill(
     return cache, jnp.where((index_B >= 0)[:, None], found, last_BD)
 
 
-@functools.partial(jax.jit, static_argnames=("copies",), donate_argnames=("cache",))
-def start(params: Params, cache: KVCache, last_BD, seen_BV, done_B, *, copies: int = 1) -> State:
-    """State after prefill, every row repeated `copies` times (n completions share one prefill)."""
-    repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
-    logits = unembed(params, last_BD)
-    return State(
-        jax.tree.map(repeat, cache), repeat(logits), repeat(seen_BV),
-        jnp.zeros((logits.shape[0] * copies, logits.shape[1]), jnp.int32), repeat(done_B),
-    )  # fmt: skip
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def start(params: Params, cache: KVCache, last_BD, seen_BV, done_B) -> State:
+    """State after prefill; the cache is donated."""
+    logits_BV = unembed(params, last_BD)
+    return State(cache, logits_BV, seen_BV, jnp.zeros(logits_BV.shape, jnp.int32), done_B)
+
+
+@functools.partial(jax.jit, static_argnames=("copies",))
+def repeat(rows, copies: int):
+    """Every row of every array `copies` times: n completions share one prefill."""
+    return jax.tree.map(functools.partial(jnp.repeat, repeats=copies, axis=0), rows)
 
 
 def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, config: GptOssConfig):
@@ -141,7 +145,7 @@ def decode(
     k = top or 0
     empty = Output(
         jnp.full((B, size), -1, jnp.int32), jnp.zeros((B, size)), jnp.zeros((B, size, k), jnp.int32),
-        jnp.zeros((B, size, k)), jnp.int32(0),
+        jnp.zeros((B, size, k)), state.done_B, jnp.int32(0),
     )  # fmt: skip
 
     def running(carry):
@@ -154,11 +158,11 @@ def decode(
         state, tokens_B = step(params, state, settings, stops_BJ, config=config)
         tokens = jax.lax.dynamic_update_slice_in_dim(out.tokens_Bn, tokens_B[:, None], i, axis=1)
         if top is None:
-            return state, dataclasses.replace(out, tokens_Bn=tokens, steps=i + 1)
+            return state, dataclasses.replace(out, tokens_Bn=tokens, stopped_B=state.done_B, steps=i + 1)
         chosen_B, ids_Bk, values_Bk = logprobs(logits_BV, jnp.maximum(tokens_B, 0), k)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
         columns = [(out.logprobs_Bn, chosen_B), (out.top_ids_Bnk, ids_Bk), (out.top_logprobs_Bnk, values_Bk)]
-        return state, Output(tokens, *(put(old, new[:, None]) for old, new in columns), i + 1)
+        return state, Output(tokens, *(put(old, new[:, None]) for old, new in columns), state.done_B, i + 1)
 
     return jax.lax.while_loop(running, body, (state, empty))
 

@@ -1,0 +1,422 @@
+"""Load a model and generate from it: prompts in, completions out, all at once or as a stream.
+
+Works on token ids and plain text; what roles, channels and tools are is the conversation's business (chat/).
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import steps
+from gptoss_jax.cache import KVCache, make_cache
+from gptoss_jax.config import SLIDING, GptOssConfig
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.model import Params
+from gptoss_jax.sampling import Sampling, to_arrays
+from gptoss_jax.stops import StopStrings
+from gptoss_jax.tokenizer import Tokenizer, load_tokenizer
+
+TINY = "gpt-oss-tiny"
+CHUNKS = (32, 128, 512)  # prefill lengths that are compiled; longer prompts go chunk by chunk
+DECODE = 64  # decode steps in one call to the device
+STREAM = 8  # of them before a streaming caller sees something
+MIN_CAPACITY = 512
+SMALL_BYTES = 1 << 30  # below it a CPU computes in float32: faster there, and exact to the tests
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of a token and of the likeliest ones at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+      text: Decoded tokens.
+      tokens: Ids, without what stopped it.
+      logprobs: One a token, or None.
+      finish_reason: "stop", or "length" when max_new_tokens or the context ended it.
+      stop: The token id or string that stopped it, or None.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: str
+    stop: int | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a stream: new text and tokens; finish_reason and stop are set in the last one."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    stop: int | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: config, parameters, tokenizer, and how to generate from them.
+
+    Attributes:
+      config: Architecture.
+      params: Nested dict of arrays and MxTensors (model.py shows the tree).
+      tokenizer: Of this checkpoint; its vocabulary may be pruned.
+      max_context: Longest sequence, in tokens.
+      name: Where it was loaded from.
+      mesh: The devices it is spread over, None for one device.
+    """
+
+    config: GptOssConfig
+    params: Params
+    tokenizer: Tokenizer
+    max_context: int
+    name: str = TINY
+    mesh: Any = None
+
+    def logits(self, tokens) -> jax.Array | list[jax.Array]:
+        """Logits of whole sequences.
+
+        Args:
+          tokens: int array [B, T], or lists of ids of any lengths.
+
+        Returns:
+          float32 [B, T, V], or for lists of ids a list of [T_i, V].
+
+        Raises:
+          GptOssError: An id is out of range, a sequence is empty or longer than the context.
+        """
+        rows = [np.asarray(row) for row in tokens]
+        for row in rows:
+            self._check_ids(row, 0)
+        length = max(len(row) for row in rows)
+        width = next((n for n in CHUNKS if n >= length), -(-length // CHUNKS[-1]) * CHUNKS[-1])
+        ids, mask = _pad(rows, width)
+        out = steps.score(self.params, ids, mask, config=self.config)
+        if hasattr(tokens, "ndim"):
+            return out[:, :length]
+        return [out[i, : len(row)] for i, row in enumerate(rows)]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        max_new_tokens: int | None = 64,
+        stop: Sequence[str] = (),
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+          prompts: A text, a list of ids, or a list of either. Text is ordinary text: it holds no control tokens.
+          sampling: Settings for all prompts, or one for each; by default temperature 1.
+          max_new_tokens: Most tokens of a completion; None for the rest of the context.
+          stop: Strings that end a completion; they are not part of it.
+
+        Returns:
+          A Completion for one prompt, a list for several; with sampling.n > 1 a list of n in place of each.
+
+        Raises:
+          GptOssError: A prompt is empty, holds an id out of range, or does not fit into the context with max_new_tokens.
+        """
+        rows, single = _as_rows(prompts)
+        each = _as_settings(sampling, len(rows))
+        parts: list[list[Piece]] = [[] for s in each for _ in range(s.n)]
+        for index, piece in self._run(rows, each, max_new_tokens, stop, DECODE):
+            parts[index].append(piece)
+        flat = iter([_join(pieces) for pieces in parts])
+        grouped = [next(flat) if s.n == 1 else [next(flat) for _ in range(s.n)] for s in each]
+        return grouped[0] if single else grouped
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = 64,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Continues one prompt, piece by piece; arguments and errors as `generate`.
+
+        Yields:
+          Pieces; the last has a finish_reason.
+        """
+        rows, _ = _as_rows([prompt])
+        each = _as_settings(sampling, 1)
+        if each[0].n != 1:
+            raise GptOssError(f"n is {each[0].n}: a stream has one completion, use generate for more")
+        return (piece for _, piece in self._run(rows, each, max_new_tokens, stop, STREAM))
+
+    def _check_ids(self, row: np.ndarray, new: int) -> None:
+        if row.size == 0:
+            raise GptOssError("the prompt is empty: give at least one token")
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise GptOssError(f"expected a list of token ids: got {row.dtype} of shape {row.shape}")
+        bad = np.flatnonzero((row < 0) | (row >= self.config.vocab_size))
+        if bad.size:
+            i = int(bad[0])
+            raise GptOssError(
+                f"token id {int(row[i])} at position {i} is out of range: ids are 0 to {self.config.vocab_size - 1}"
+            )
+        if row.size + new > self.max_context:
+            what = f"the prompt has {row.size} tokens"
+            what += f" and {new} new ones are asked for" if new else ""
+            raise GptOssError(f"{what}: the context is {self.max_context} tokens; shorten the prompt or ask for fewer")
+
+    def _run(self, rows, each, max_new_tokens, stop, chunk) -> Iterator[tuple[int, Piece]]:
+        """Pieces of all completions as they come, with the index of the completion."""
+        if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
+            raise GptOssError(f"max_new_tokens is {max_new_tokens}: expected a positive integer, or None")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise GptOssError(f"stop is {stop!r}: expected strings that are not empty")
+        ids = [self.tokenizer.encode(row) if isinstance(row, str) else row for row in rows]
+        ids = [np.asarray(row if len(row) else np.zeros(0, np.int32)) for row in ids]
+        for row in ids:
+            self._check_ids(row, max_new_tokens or 1)
+        return self._decode(ids, each, max_new_tokens, stops, chunk)
+
+    def _decode(self, ids, each, max_new_tokens, stops, chunk):
+        copies = each[0].n if len({s.n for s in each}) == 1 else 1
+        if copies == 1:
+            ids = [row for row, s in zip(ids, each, strict=True) for _ in range(s.n)]
+        settings = [s for s in each for _ in range(s.n)]
+        choices = [i for s in each for i in range(s.n)]
+        lengths = [len(row) for row in ids for _ in range(copies)]
+        limits = [self.max_context - n if max_new_tokens is None else max_new_tokens for n in lengths]
+        rows = len(settings)
+        state = self._prefill(ids, copies, max(lengths) + min(max(limits), 256))
+        batch = state.done_B.shape[0]
+        pad = batch - rows
+        arrays = to_arrays(settings + [Sampling(temperature=0)] * pad, choices + [0] * pad, self.config.vocab_size)
+        stop_ids = self._stop_ids(settings, batch)
+        wanted = [s.top_logprobs for s in settings if s.logprobs or s.top_logprobs]
+        top = None if not wanted else (20 if max(wanted) else 0)
+        readers = [_Reader(self.tokenizer, stops, s, limit) for s, limit in zip(settings, limits, strict=True)]
+        made = 0
+        while any(not reader.finished for reader in readers):
+            capacity = _capacity(state.cache, self.config)
+            most = max(n + r.limit for n, r in zip(lengths, readers, strict=True) if not r.finished)
+            room = capacity - max(lengths) - made
+            if room <= 0:
+                state = _grow(state, min(2 * capacity, self.max_context), self.config)
+                continue
+            size = min(chunk, room, most - min(lengths) - made)
+            if chunk < DECODE and made < STREAM:
+                size = min(size, 2)  # the first words at once
+            state, out = steps.decode(
+                self.params, state, arrays, stop_ids, jnp.int32(size), config=self.config, size=DECODE, top=top
+            )
+            out = jax.device_get(out)
+            made += int(out.steps)
+            for i, reader in enumerate(readers):
+                if not reader.finished:
+                    yield i, reader.read(out, i)
+            done = [r.finished for r in readers] + [True] * pad
+            if any(done):
+                state = dataclasses.replace(state, done_B=state.done_B | jnp.asarray(done))
+
+    def _stop_ids(self, settings: Sequence[Sampling], batch: int) -> jax.Array:
+        own = self.config.eos_token_ids
+        rows = [[*(() if s.ignore_eos else own), *s.stop_token_ids] for s in settings]
+        width = max(4, 1 << (max(len(row) for row in rows) - 1).bit_length())
+        table = np.full((batch, width), -1, np.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row)] = row
+        return jnp.asarray(table)
+
+    def _prefill(self, ids: Sequence[np.ndarray], copies: int, total: int) -> steps.State:
+        """State of the prompts, padded to a power of two of rows when rows are not copied."""
+        batch = len(ids) if copies > 1 else 1 << (len(ids) - 1).bit_length()
+        rows = [*ids, *[np.zeros(0, np.int32)] * (batch - len(ids))]
+        dtype = self.params["embedding"].dtype
+        capacity = min(self.max_context, max(MIN_CAPACITY, 1 << (total - 1).bit_length()))
+        cache = make_cache(self.config, batch, capacity, dtype)
+        last_BD = jnp.zeros((batch, self.config.hidden_size), dtype)
+        seen = np.zeros((batch, self.config.vocab_size), np.int8)
+        for i, row in enumerate(rows):
+            seen[i, row] = 1
+        longest, at = max(len(row) for row in rows), 0
+        while at < longest:
+            width = next((n for n in CHUNKS if n >= longest - at), CHUNKS[-1])
+            part, mask = _pad([row[at : at + width] for row in rows], width)
+            cache, last_BD = steps.prefill(self.params, part, mask, cache, last_BD, config=self.config)
+            at += width
+        parts = cache, last_BD, jnp.asarray(seen), jnp.asarray([len(row) == 0 for row in rows])
+        return steps.start(self.params, *(parts if copies == 1 else steps.repeat(parts, copies)))
+
+
+class _Reader:
+    """Turns one row of decoded ids into pieces: text, stops, log probabilities."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], sampling: Sampling, limit: int):
+        self.text = StopStrings(tokenizer, stops)
+        self.wanted = sampling.logprobs or sampling.top_logprobs > 0
+        self.top, self.limit = sampling.top_logprobs, limit
+        self.made, self.finished = 0, False
+        self.held: list[TokenLogprob] = []
+
+    def read(self, out: steps.Output, row: int) -> Piece:
+        reason, stop, text, tokens = None, None, "", []
+        columns = [int(t) for t in out.tokens_Bn[row, : int(out.steps)] if t >= 0][: self.limit - self.made]
+        ended = not self._running(out, row)
+        for column, token in enumerate(columns):
+            self.made += 1
+            if ended and column == self._last(out, row):
+                reason, stop = "stop", token
+                break
+            if self.wanted:
+                self.held.append(_logprob(out, row, column, self.top))
+            new_text, new_tokens, found = self.text.feed(token)
+            text, tokens = text + new_text, tokens + new_tokens
+            if found is not None:
+                reason, stop = "stop", found
+                break
+        if reason is None and self.made >= self.limit:
+            reason = "length"
+        if reason is not None:
+            self.finished = True
+            if not isinstance(stop, str):
+                new_text, new_tokens = self.text.flush()
+                text, tokens = text + new_text, tokens + new_tokens
+        logprobs = None
+        if self.wanted:
+            logprobs, self.held = self.held[: len(tokens)], self.held[len(tokens) :]
+        return Piece(text, tokens, logprobs, reason, stop)
+
+    @staticmethod
+    def _last(out, row) -> int:
+        return int((out.tokens_Bn[row, : int(out.steps)] >= 0).sum()) - 1
+
+    @staticmethod
+    def _running(out, row) -> bool:
+        return not out.stopped_B[row]
+
+
+def _logprob(out: steps.Output, row: int, column: int, top: int) -> TokenLogprob:
+    ids, values = out.top_ids_Bnk[row, column, :top], out.top_logprobs_Bnk[row, column, :top]
+    pairs = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
+    return TokenLogprob(int(out.tokens_Bn[row, column]), float(out.logprobs_Bn[row, column]), pairs)
+
+
+def _join(pieces: Sequence[Piece]) -> Completion:
+    logprobs = None if pieces[-1].logprobs is None else [x for p in pieces for x in p.logprobs or ()]
+    tokens = [t for p in pieces for t in p.tokens]
+    last = pieces[-1]
+    return Completion("".join(p.text for p in pieces), tokens, logprobs, last.finish_reason or "length", last.stop)
+
+
+def _as_rows(prompts) -> tuple[list[Any], bool]:
+    if isinstance(prompts, str):
+        return [prompts], True
+    prompts = list(prompts)
+    if not prompts:
+        raise GptOssError("the prompt is empty: give at least one token")
+    if all(isinstance(p, int | np.integer) for p in prompts):
+        return [prompts], True
+    return prompts, False
+
+
+def _as_settings(sampling, count: int) -> list[Sampling]:
+    if sampling is None or isinstance(sampling, Sampling):
+        return [sampling or Sampling()] * count
+    if len(sampling) != count:
+        raise GptOssError(f"{len(sampling)} sampling settings for {count} prompts: give one, or one for each")
+    return list(sampling)
+
+
+def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
+    ids = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+def _capacity(cache: KVCache, config: GptOssConfig) -> int:
+    full = [k.shape[1] for k, kind in zip(cache.keys, config.layer_types, strict=True) if kind != SLIDING]
+    return max(full, default=config.max_context)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "config"))
+def _grow(state: steps.State, capacity: int, config: GptOssConfig) -> steps.State:
+    """The same state with room for `capacity` tokens in full layers."""
+
+    def wider(arrays):
+        return tuple(
+            x if kind == SLIDING else jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)])
+            for x, kind in zip(arrays, config.layer_types, strict=True)
+        )
+
+    cache = dataclasses.replace(state.cache, keys=wider(state.cache.keys), values=wider(state.cache.values))
+    return dataclasses.replace(state, cache=cache)
+
+
+def load(
+    source: str | os.PathLike[str] = TINY,
+    *,
+    dtype: str | None = None,
+    max_context: int | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      source: "gpt-oss-tiny" (in the package), a Hub id such as "openai/gpt-oss-20b", or a folder: Hugging Face's
+        layout (MXFP4 or bfloat16), OpenAI's original one, or an Orbax checkpoint made by `gptoss convert`.
+      dtype: "bfloat16" or "float32", of everything that is not packed MXFP4; by default bfloat16, except that a CPU
+        takes float32 for models below 1 GiB.
+      max_context: Longest sequence, in tokens; by default the model's.
+      revision: Branch, tag or commit on the Hub.
+      offline: Use only what the Hub's cache already holds.
+
+    Returns:
+      The model.
+
+    Raises:
+      GptOssError: The source cannot be found or does not hold a gpt-oss model; the message says what to do.
+    """
+    from gptoss_jax import checkpoint, hub  # the file formats are loaded only when they are needed
+
+    use_compilation_cache()
+    folder = hub.resolve(source, revision=revision, offline=offline)
+    if dtype not in (None, "bfloat16", "float32"):
+        raise GptOssError(f"dtype {dtype!r}: expected 'bfloat16' or 'float32'")
+    if dtype is None:
+        small = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) < SMALL_BYTES
+        dtype = "float32" if small and jax.default_backend() == "cpu" else "bfloat16"
+    config, params = checkpoint.load_params(folder, dtype=jnp.dtype(dtype))
+    if max_context is not None and not 0 < max_context <= config.max_context:
+        raise GptOssError(f"max_context is {max_context}: this model's context is 1 to {config.max_context}")
+    return Model(config, params, load_tokenizer(folder), max_context or config.max_context, str(source))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX has been told where to, or GPTOSS_COMPILATION_CACHE is "off".
+
+    The place is $GPTOSS_COMPILATION_CACHE, by default ~/.cache/gptoss_jax/xla (XDG_CACHE_HOME is followed).
+    """
+    place = os.environ.get("GPTOSS_COMPILATION_CACHE")
+    if place == "off" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", place or str(home / "gptoss_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

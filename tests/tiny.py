@@ -1,0 +1,53 @@
+"""The test model: every letter of another size, so that a transposition cannot hide."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import mxfp4
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import init_params
+
+CONFIG = GptOssConfig(
+    num_layers=6,
+    hidden_size=96,
+    intermediate_size=224,
+    num_heads=15,
+    num_kv_heads=3,
+    head_dim=14,
+    num_experts=12,
+    experts_per_token=4,
+    vocab_size=331,
+    sliding_window=8,
+    original_context=64,
+    rope_factor=8.0,
+    max_context=512,
+    eos_token_ids=(330,),
+    pad_token_id=329,
+)
+
+
+@functools.lru_cache
+def params(config: GptOssConfig = CONFIG, packed: bool = True, seed: int = 0):
+    """Random float32 parameters with biases, sinks and scales that matter; experts packed or plain."""
+    tree = init_params(config, jax.random.key(seed))
+    generator = np.random.default_rng(seed)
+
+    def shake(path, leaf):
+        name = path[-1].key
+        scale = 0.3 if leaf.ndim == 1 or name.endswith("bias") else 0.04
+        return leaf + scale * jnp.asarray(generator.normal(size=leaf.shape).astype(np.float32))
+
+    tree = jax.tree_util.tree_map_with_path(shake, tree)
+    if packed:
+        for layer in tree["layers"].values():
+            for name in ("gate_up", "down"):
+                layer["mlp"][name] = jax.tree.map(jnp.asarray, mxfp4.pack(np.asarray(layer["mlp"][name])))
+    return tree
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
+    """Random ids [batch, length]."""
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, CONFIG.vocab_size, jnp.int32)
