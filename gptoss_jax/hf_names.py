@@ -137,7 +137,9 @@ def leaves(config: GptOssConfig, layout: Layout) -> tuple[Leaf, ...]:
       GptOssError: The layout is unknown.
     """
     if layout not in _PREFIX:
-        raise GptOssError(f"no checkpoint layout {layout!r}: use one of {', '.join(map(repr, _PREFIX))}")
+        raise GptOssError(
+            f"no checkpoint layout {layout!r}: use one of {', '.join(map(repr, _PREFIX))}"
+        )
     rows = _LAYER + (_UNPACKED if layout == "bfloat16" else _PACKED)
     found = [_leaf(config, layout, _TOP[0], ("embedding",), "", {})]
     for number in range(config.num_layers):
@@ -149,7 +151,10 @@ def leaves(config: GptOssConfig, layout: Layout) -> tuple[Leaf, ...]:
     totals: dict[str, int] = {}
     for leaf in found:
         totals[leaf.tensor] = leaf.row + leaf.tensor_shape[0]
-    return tuple(dataclasses.replace(leaf, tensor_shape=(totals[leaf.tensor], *leaf.tensor_shape[1:])) for leaf in found)
+    return tuple(
+        dataclasses.replace(leaf, tensor_shape=(totals[leaf.tensor], *leaf.tensor_shape[1:]))
+        for leaf in found
+    )
 
 
 def _leaf(config, layout, row, path, prefix, ends: dict[str, int]) -> Leaf:
@@ -165,7 +170,9 @@ def _leaf(config, layout, row, path, prefix, ends: dict[str, int]) -> Leaf:
     start = ends.get(tensor, 0)
     ends[tensor] = start + tensor_shape[0]
     shape = tuple(known[letter] for letter in letters)
-    return Leaf(path, letters, shape, path[-1] in ("blocks", "scales"), tensor, tensor_shape, stored, start)
+    return Leaf(
+        path, letters, shape, path[-1] in ("blocks", "scales"), tensor, tensor_shape, stored, start
+    )
 
 
 def tensors(config: GptOssConfig, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -1,6 +1,5 @@
 """Reading checkpoints: values against whole tensors read by the safetensors library, and every refusal's message."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,10 @@ def folders(tmp_path_factory):
 
 
 def _leaves(params):
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def test_three_layouts_load_to_the_same_values(folders):
@@ -38,23 +40,34 @@ def test_three_layouts_load_to_the_same_values(folders):
     for number, layer in params["layers"].items():
         prefix = f"model.layers.{number}."
         expected = tensors[prefix + "mlp.experts.gate_up_proj"].astype(np.float32)
-        np.testing.assert_array_equal(layer["mlp"]["gate_up"][:, :, 0], np.swapaxes(expected[..., 0::2], 1, 2))
-        np.testing.assert_array_equal(layer["mlp"]["gate_up"][:, :, 1], np.swapaxes(expected[..., 1::2], 1, 2))
+        np.testing.assert_array_equal(
+            layer["mlp"]["gate_up"][:, :, 0], np.swapaxes(expected[..., 0::2], 1, 2)
+        )
+        np.testing.assert_array_equal(
+            layer["mlp"]["gate_up"][:, :, 1], np.swapaxes(expected[..., 1::2], 1, 2)
+        )
         expected = tensors[prefix + "mlp.experts.down_proj"].astype(np.float32)
         np.testing.assert_array_equal(layer["mlp"]["down"], np.swapaxes(expected, 1, 2))
         q = tensors[prefix + "self_attn.q_proj.weight"].astype(np.float32)
-        np.testing.assert_array_equal(layer["attention"]["q"][1], q[CASE.head_dim : 2 * CASE.head_dim])
+        np.testing.assert_array_equal(
+            layer["attention"]["q"][1], q[CASE.head_dim : 2 * CASE.head_dim]
+        )
         other = loaded["mxfp4"][1]["layers"][number]["mlp"]
-        assert isinstance(other["down"], MxTensor) and other["gate_up"].blocks.ndim == 5
+        assert isinstance(other["down"], MxTensor)
+        assert other["gate_up"].blocks.ndim == 5
         np.testing.assert_array_equal(other["down"].dequantize(jnp.float32), layer["mlp"]["down"])
-        np.testing.assert_array_equal(other["gate_up"].dequantize(jnp.float32), layer["mlp"]["gate_up"])
+        np.testing.assert_array_equal(
+            other["gate_up"].dequantize(jnp.float32), layer["mlp"]["gate_up"]
+        )
 
 
 def test_dtype_is_asked_for_and_packed_experts_stay_packed(folders):
     _, params = load_params(folders["mxfp4"])
     types = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
     assert types == {"bfloat16", "uint8"}
-    with pytest.raises(GptOssError, match="dtype 'float16': parameters are held in 'bfloat16' or 'float32'"):
+    with pytest.raises(
+        GptOssError, match="dtype 'float16': parameters are held in 'bfloat16' or 'float32'"
+    ):
         load_params(folders["mxfp4"], dtype=jnp.float16)
 
 
@@ -75,7 +88,7 @@ def test_sharded_load_reads_only_its_part(folders, layout, monkeypatch):
         spec = [rules.get(letter) for letter in letters]
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    config, sharded = load_params(folders[layout], shardings=sharding)
+    _config, sharded = load_params(folders[layout], shardings=sharding)
     for tensor in open_source(folders[layout]).tensors.values():
         size[0] += tensor.nbytes
     assert count[0] == size[0]  # each slice once, though two devices hold it
@@ -87,7 +100,10 @@ def test_sharded_load_reads_only_its_part(folders, layout, monkeypatch):
 def test_slices_of_every_axis(tmp_path):
     rng = np.random.default_rng(0)
     array = rng.integers(0, 255, (4, 3, 5, 2), np.uint8)
-    save_file({"other": np.zeros(3, np.int16), "a": array, "b": array.astype(np.float32)}, tmp_path / "x.safetensors")
+    save_file(
+        {"other": np.zeros(3, np.int16), "a": array, "b": array.astype(np.float32)},
+        tmp_path / "x.safetensors",
+    )
     tensors = safetensors_file.read_header(tmp_path / "x.safetensors")
     for _ in range(200):
         spans = [sorted(rng.integers(0, size + 1, 2)) for size in array.shape]
@@ -99,7 +115,10 @@ def test_slices_of_every_axis(tmp_path):
 
 
 def test_written_files_are_read_by_the_library(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.arange(5).astype(jnp.bfloat16)}
+    arrays = {
+        "x": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "y": np.arange(5).astype(jnp.bfloat16),
+    }
     entries = [(name, array.dtype, array.shape) for name, array in arrays.items()]
     pieces = iter([arrays["x"][:1], arrays["x"][1:], arrays["y"]])
     safetensors_file.write(tmp_path / "x.safetensors", entries, pieces)

@@ -1,6 +1,5 @@
 """The table of names against the independent list of published names, and reading against numpy on whole tensors."""
 
-
 import numpy as np
 import pytest
 import random_checkpoints as rc
@@ -41,7 +40,10 @@ def test_every_parameter_once_with_its_own_part():
         for leaf in hf_names.leaves(_config("mxfp4"), layout):
             assert leaf.row == parts.get(leaf.tensor, 0)
             parts[leaf.tensor] = leaf.row + leaf.to_file(np.empty(leaf.shape, np.uint8)).shape[0]
-        assert parts == {name: shape[0] for name, (shape, _) in hf_names.tensors(_config("mxfp4"), layout).items()}
+        assert parts == {
+            name: shape[0]
+            for name, (shape, _) in hf_names.tensors(_config("mxfp4"), layout).items()
+        }
 
 
 def test_meaning_of_axes():
@@ -53,7 +55,8 @@ def test_meaning_of_axes():
     stored = np.arange(e * d * 2 * f).reshape(e, d, 2 * f)
     ours = leaf.from_file(stored.reshape(leaf.stored_shape))
     assert ours.shape == leaf.shape == (e, f, 2, d)
-    assert ours[3, 5, 0, 7] == stored[3, 7, 10] and ours[3, 5, 1, 7] == stored[3, 7, 11]
+    assert ours[3, 5, 0, 7] == stored[3, 7, 10]
+    assert ours[3, 5, 1, 7] == stored[3, 7, 11]
     np.testing.assert_array_equal(leaf.to_file(ours), stored)
     leaf = by_name["layers.0.mlp.down"]
     stored = np.arange(e * f * d).reshape(e, f, d)
@@ -68,7 +71,10 @@ def test_meaning_of_axes():
 def test_fused_rows_are_q_then_k_then_v():
     leaves = {leaf.name: leaf for leaf in hf_names.leaves(_config("original"), "original")}
     n, k, h = CASE.heads, CASE.kv_heads, CASE.head_dim
-    rows = [leaves[f"layers.0.attention.{name}"].row for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")]
+    rows = [
+        leaves[f"layers.0.attention.{name}"].row
+        for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")
+    ]
     assert rows == [0, n * h, (n + k) * h] * 2
 
 
@@ -79,5 +85,7 @@ def test_unknown_names_and_layouts_are_refused():
         "2 tensors, for example 'lm_head.weight', none of them experts of gpt-oss: expected the names of Hugging Face's "
         "layout (model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's original layout (block.0.mlp.mlp1_weight…)"
     )
-    with pytest.raises(GptOssError, match="no checkpoint layout 'gguf': use one of 'mxfp4', 'bfloat16', 'original'"):
+    with pytest.raises(
+        GptOssError, match="no checkpoint layout 'gguf': use one of 'mxfp4', 'bfloat16', 'original'"
+    ):
         hf_names.leaves(_config("mxfp4"), "gguf")

@@ -61,7 +61,9 @@ def load_params(
     source.check()
     arrays = {}
     for leaf in source.leaves:
-        arrays[leaf.path] = _place(source, leaf, np.dtype(np.uint8) if leaf.packed else dtype, shardings)
+        arrays[leaf.path] = _place(
+            source, leaf, np.dtype(np.uint8) if leaf.packed else dtype, shardings
+        )
         if progress:
             progress(leaf.name, arrays[leaf.path].nbytes)
     return source.config, tree(arrays)
@@ -110,4 +112,6 @@ def _place(source: Source, leaf: Leaf, dtype: np.dtype, shardings: Shardings | N
             read[key] = np.ascontiguousarray(source.read(leaf, index).astype(dtype, copy=False))
         return read[key]
 
-    return jax.make_array_from_callback(leaf.shape, shardings(leaf.path, leaf.letters), part, dtype=dtype)
+    return jax.make_array_from_callback(
+        leaf.shape, shardings(leaf.path, leaf.letters), part, dtype=dtype
+    )

@@ -59,7 +59,12 @@ class Tensor:
     offset: int
     nbytes: int
 
-    def read(self, shape: tuple[int, ...] | None = None, index: tuple[slice, ...] | None = None, row: int = 0) -> np.ndarray:
+    def read(
+        self,
+        shape: tuple[int, ...] | None = None,
+        index: tuple[slice, ...] | None = None,
+        row: int = 0,
+    ) -> np.ndarray:
         """Reads the tensor, or a slice of it, and nothing else.
 
         Args:
@@ -75,9 +80,14 @@ class Tensor:
         """
         shape = self.shape if shape is None else shape
         dtype = DTYPES[self.dtype]
-        spans = [(0, size) if index is None else index[axis].indices(size)[:2] for axis, size in enumerate(shape)]
+        spans = [
+            (0, size) if index is None else index[axis].indices(size)[:2]
+            for axis, size in enumerate(shape)
+        ]
         out = np.empty([stop - start for start, stop in spans], dtype)
-        first = self.offset + row * (self.nbytes // self.shape[0] if self.shape and self.shape[0] else 0)
+        first = self.offset + row * (
+            self.nbytes // self.shape[0] if self.shape and self.shape[0] else 0
+        )
         if not out.size:
             return out
         # The longest contiguous run: all axes from `split` on are whole, axis split - 1 is a range.
@@ -85,8 +95,13 @@ class Tensor:
         while split and spans[split - 1] == (0, shape[split - 1]):
             split -= 1
         outer = max(split - 1, 0)
-        strides = [dtype.itemsize * int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-        base = first + sum(start * stride for (start, _), stride in zip(spans, strides, strict=True))
+        strides = [
+            dtype.itemsize * int(np.prod(shape[axis + 1 :], dtype=np.int64))
+            for axis in range(len(shape))
+        ]
+        base = first + sum(
+            start * stride for (start, _), stride in zip(spans, strides, strict=True)
+        )
         flat = out.reshape(*out.shape[:outer], -1).view(np.uint8)
         with open(self.file, "rb", buffering=0) as file:
             for where in np.ndindex(*out.shape[:outer]):
@@ -99,7 +114,9 @@ class Tensor:
         while done < len(view):
             count = os.preadv(descriptor, [view[done : done + _MAX_READ]], at + done)
             if not count:
-                raise GptOssError(f"{self.file}: ended while {self.name!r} was read: the file changed or is damaged")
+                raise GptOssError(
+                    f"{self.file}: ended while {self.name!r} was read: the file changed or is damaged"
+                )
             done += count
 
 
@@ -132,7 +149,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, GptOssError):
             raise
-        raise GptOssError(f"{file}: not a safetensors file ({error!r} in its header); download it again") from error
+        raise GptOssError(
+            f"{file}: not a safetensors file ({error!r} in its header); download it again"
+        ) from error
     end = 8 + length
     for tensor in sorted(found.values(), key=lambda tensor: tensor.offset):
         if tensor.offset != end:
@@ -143,7 +162,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
         end += tensor.nbytes
     if size != end:
         state = "truncated" if size < end else "too long"
-        raise GptOssError(f"{file}: {state}: {size} bytes, its header promises {end}; download it again")
+        raise GptOssError(
+            f"{file}: {state}: {size} bytes, its header promises {end}; download it again"
+        )
     return found
 
 
@@ -152,7 +173,9 @@ def _tensor(file: Path, name: str, entry: dict, data: int) -> Tensor:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if entry["dtype"] not in DTYPES:
         known = ", ".join(DTYPES)
-        raise GptOssError(f"{file}: tensor {name!r} has the type {entry['dtype']!r}; this reader knows {known}")
+        raise GptOssError(
+            f"{file}: tensor {name!r} has the type {entry['dtype']!r}; this reader knows {known}"
+        )
     expected = DTYPES[entry["dtype"]].itemsize * int(np.prod(shape, dtype=object))
     if end - begin != expected or min((begin, *shape)) < 0:
         raise GptOssError(
@@ -162,7 +185,11 @@ def _tensor(file: Path, name: str, entry: dict, data: int) -> Tensor:
     return Tensor(file, name, entry["dtype"], shape, data + begin, expected)
 
 
-def write(file: Path, entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]], pieces: Iterator[np.ndarray]) -> None:
+def write(
+    file: Path,
+    entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
+    pieces: Iterator[np.ndarray],
+) -> None:
     """Writes a file piece by piece.
 
     Args:
@@ -178,7 +205,11 @@ def write(file: Path, entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]], 
     for name, dtype, shape in entries:
         nbytes = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
         offsets = [end, end + nbytes]
-        header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": NAMES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": offsets,
+        }
         end += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

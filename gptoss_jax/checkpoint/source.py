@@ -55,7 +55,11 @@ class Source:
         Raises:
           GptOssError: The file ended early, or a scale is 255.
         """
-        stored = None if index is None else tuple(index[leaf.letters.index(letter)] for letter in leaf.stored)
+        stored = (
+            None
+            if index is None
+            else tuple(index[leaf.letters.index(letter)] for letter in leaf.stored)
+        )
         array = self.tensors[leaf.tensor].read(leaf.stored_shape, stored, leaf.row)
         if leaf.path[-1] == "scales":
             check_scales(array, leaf.tensor)
@@ -67,7 +71,9 @@ class Source:
         expected = {leaf.tensor: leaf for leaf in self.leaves}
         for name, leaf in expected.items():
             if name not in self.tensors:
-                found.append(f"tensor {name!r} is missing: the checkpoint is incomplete, download it again")
+                found.append(
+                    f"tensor {name!r} is missing: the checkpoint is incomplete, download it again"
+                )
                 continue
             tensor = self.tensors[name]
             wanted = ("U8",) if leaf.packed else _FLOATS
@@ -77,9 +83,13 @@ class Source:
                     f"{leaf.tensor_shape}: the two do not belong together"
                 )
             if tensor.dtype not in wanted:
-                found.append(f"tensor {name!r} in {tensor.file.name} has type {tensor.dtype}, expected {' or '.join(wanted)}")
+                found.append(
+                    f"tensor {name!r} in {tensor.file.name} has type {tensor.dtype}, expected {' or '.join(wanted)}"
+                )
         for name in self.surplus():
-            found.append(f"tensor {name!r} in {self.tensors[name].file.name} is none of gpt-oss's: this is another model")
+            found.append(
+                f"tensor {name!r} in {self.tensors[name].file.name} is none of gpt-oss's: this is another model"
+            )
         return found
 
     def surplus(self) -> list[str]:
@@ -95,7 +105,11 @@ class Source:
         """
         found = self.problems()
         if found:
-            more = f" ({len(found) - 1} more problems: gptoss inspect {self.folder})" if found[1:] else ""
+            more = (
+                f" ({len(found) - 1} more problems: gptoss inspect {self.folder})"
+                if found[1:]
+                else ""
+            )
             raise GptOssError(f"{self.folder}: {found[0]}{more}")
 
 
@@ -117,7 +131,9 @@ def open_source(folder: Path) -> Source:
     for file in _files(folder):
         for name, tensor in safetensors_file.read_header(file).items():
             if name in tensors:
-                raise GptOssError(f"{folder}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}: remove one")
+                raise GptOssError(
+                    f"{folder}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}: remove one"
+                )
             tensors[name] = tensor
     layout = detect(tensors)
     return Source(folder, layout, config, tensors, leaves(config, layout))
@@ -128,7 +144,11 @@ def _files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            hint = f"; {folder / 'original'} holds OpenAI's layout: give that folder" if (folder / "original").is_dir() else ""
+            hint = (
+                f"; {folder / 'original'} holds OpenAI's layout: give that folder"
+                if (folder / "original").is_dir()
+                else ""
+            )
             raise GptOssError(f"{folder}: no *.safetensors file{hint}")
         return files
     index = read_json(folder / INDEX)
@@ -136,7 +156,11 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(weights, dict) or not weights:
         raise GptOssError(f"{folder / INDEX}: no weight_map: download it again")
     for tensor, name in weights.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
             raise GptOssError(
                 f"{folder / INDEX}: tensor {tensor!r} points to {name!r}: expected the name of a .safetensors file in the "
                 "same folder"
@@ -144,7 +168,9 @@ def _files(folder: Path) -> list[Path]:
     names = sorted(set(weights.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise GptOssError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}): download it again")
+        raise GptOssError(
+            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}): download it again"
+        )
     return [folder / name for name in names]
 
 
@@ -157,6 +183,8 @@ def read_json(file: Path):
     try:
         return json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise GptOssError(f"{file.parent}: no {file.name}: expected a checkpoint's folder") from None
+        raise GptOssError(
+            f"{file.parent}: no {file.name}: expected a checkpoint's folder"
+        ) from None
     except ValueError as error:
         raise GptOssError(f"{file}: not JSON ({error}): download it again") from error
