@@ -13,7 +13,7 @@ from gptoss_jax.chat.messages import CHANNELS
 ROLES = ("assistant", "user", "system", "developer", "tool")
 BUILTIN = ("python", "browser", "container")
 _NOBODY = ("", "assistant", "user", "all", *CHANNELS)
-_TO = re.compile(r"\s*\bto=\s*([\w./:-]*)")
+_TO = re.compile(r"\s*\bto=\s*([A-Za-z0-9_./:-]*)")
 _WORD = re.compile(r"\s*([A-Za-z_]+)")
 _TYPE = re.compile(r"\s*(json|code)(?=\s*[\[{]|\s*$)\s*")
 _THOUGHT = ("analy", "think", "thought", "reason")
@@ -99,14 +99,14 @@ def _recipient(address: str | None, functions: Collection[str]) -> str | None:
     """`functions.NAME` for every spelling of a function, a built-in tool's name as it is, None for nobody."""
     if address is None:
         return None
-    name = address.strip(".:/-")
+    name = re.sub("[:/]", ".", address).strip(".")
     if name in functions:
         return f"functions.{name}"
     if name in _NOBODY:
         return None
     if name.split(".")[0] in BUILTIN:
         return name
-    while (head := re.match(r"(functions?|tools?)[./:]+(?=.)", name)) is not None:
+    while (head := re.match(r"(functions?|tools?)\.+(?=.)", name)) is not None:
         name = name[head.end() :]
     return f"functions.{name}"
 

@@ -164,6 +164,30 @@ def tool_from_openai(tool: Mapping[str, Any]) -> Tool:
     return Tool(body["name"], body.get("description") or "", body.get("parameters"))
 
 
+def response_format_from(value: Any) -> ResponseFormat | None:
+    """A ResponseFormat from a JSON schema, OpenAI's response_format dict, or a pydantic model class; None for none.
+
+    OpenAI's dicts are {"type": "json_schema", "json_schema": {name, description, schema}}, {"type": "json_object"} and
+    {"type": "text"}.
+    """
+    if value is None or isinstance(value, ResponseFormat):
+        return value
+    if hasattr(value, "model_json_schema"):
+        return ResponseFormat(value.model_json_schema(), name=value.__name__)
+    if not isinstance(value, Mapping):
+        raise GptOssError(f"response format: expected a JSON schema (an object), got {value!r}")
+    if value.get("type") == "text":
+        return None
+    if value.get("type") == "json_object":
+        return ResponseFormat({"type": "object"})
+    if value.get("type") != "json_schema":
+        return ResponseFormat(value)
+    body = value.get("json_schema", value)
+    if not isinstance(body, Mapping) or not isinstance(body.get("schema"), Mapping):
+        raise GptOssError("response format of type json_schema: expected {'name', 'schema'} in it; give the schema")
+    return ResponseFormat(body["schema"], body.get("name") or "response", body.get("description") or "")
+
+
 _KEYS = {
     "developer": set(),
     "user": {"name"},

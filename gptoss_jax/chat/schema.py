@@ -43,6 +43,8 @@ def _node(node: Any, root: Mapping[str, Any], path: tuple[str, ...]) -> dict[str
         out["examples"] = [_one_line(example) for example in out["examples"]]
     if "default" in out:
         out["default"] = _one_line(out["default"])
+        if out["default"] is None:  # a parameter that may be left out says as much
+            del out["default"]
     if isinstance(out.get("properties"), Mapping):
         for name in out["properties"]:
             if not str(name).isprintable():
