@@ -186,8 +186,7 @@ class Model:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(s, str) and s for s in stops):
             raise GptOssError(f"stop is {stop!r}: expected strings that are not empty")
-        ids = [self.tokenizer.encode(row) if isinstance(row, str) else row for row in rows]
-        ids = [np.asarray(row if len(row) else np.zeros(0, np.int32)) for row in ids]
+        ids = [np.asarray(self.tokenizer.encode(row) if isinstance(row, str) else row) for row in rows]
         for row in ids:
             self._check_ids(row, max_new_tokens or 1)
         return self._decode(ids, each, max_new_tokens, stops, chunk)

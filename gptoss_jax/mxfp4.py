@@ -124,7 +124,8 @@ def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """
     check_scales(scales)
     codes = np.stack([blocks & 0xF, blocks >> 4], axis=-1)
-    values = np.ldexp(E2M1[codes], scales.astype(np.int32)[..., None, None] - SCALE_BIAS)
+    with np.errstate(over="ignore"):  # 2^127 * 4 is infinite in float32, as in the reference
+        values = np.ldexp(E2M1[codes], scales.astype(np.int32)[..., None, None] - SCALE_BIAS)
     return values.reshape(*blocks.shape[:-2], -1)
 
 

@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes and types of annotated arguments are checked in the tests only.
-install_import_hook(["gptoss_jax.ops", "gptoss_jax.model", "gptoss_jax.cache"], "beartype.beartype")
+install_import_hook(["gptoss_jax.ops", "gptoss_jax.model"], "beartype.beartype")
 
 
 def pytest_addoption(parser):

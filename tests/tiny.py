@@ -1,6 +1,9 @@
 """The test model: every letter of another size, so that a transposition cannot hide."""
 
+import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,12 @@ import numpy as np
 
 from gptoss_jax import mxfp4
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.engine import Model
 from gptoss_jax.model import init_params
+from gptoss_jax.tokenizer import KEPT_FILE, kept_ids, load_tokenizer, write_kept
 
 CONFIG = GptOssConfig(
-    num_layers=6,
+    num_layers=4,
     hidden_size=96,
     intermediate_size=224,
     num_heads=15,
@@ -32,15 +37,15 @@ CONFIG = GptOssConfig(
 @functools.lru_cache
 def params(config: GptOssConfig = CONFIG, packed: bool = True, seed: int = 0):
     """Random float32 parameters with biases, sinks and scales that matter; experts packed or plain."""
-    tree = init_params(config, jax.random.key(seed))
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     generator = np.random.default_rng(seed)
 
-    def shake(path, leaf):
+    def draw(path, leaf):
         name = path[-1].key
-        scale = 0.3 if leaf.ndim == 1 or name.endswith("bias") else 0.04
-        return leaf + scale * jnp.asarray(generator.normal(size=leaf.shape).astype(np.float32))
+        scale = 0.3 if leaf.ndim == 1 or name.endswith("bias") else 0.05
+        return jnp.asarray((name == "norm") + scale * generator.normal(size=leaf.shape), jnp.float32)
 
-    tree = jax.tree_util.tree_map_with_path(shake, tree)
+    tree = jax.tree_util.tree_map_with_path(draw, tree)
     if packed:
         for layer in tree["layers"].values():
             for name in ("gate_up", "down"):
@@ -51,3 +56,18 @@ def params(config: GptOssConfig = CONFIG, packed: bool = True, seed: int = 0):
 def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
     """Random ids [batch, length]."""
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, CONFIG.vocab_size, jnp.int32)
+
+
+@functools.lru_cache
+def tokenizer():
+    """A pruned tokenizer of CONFIG.vocab_size tokens: 256 bytes, the control tokens, some pairs of letters."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = kept_ids([])
+        pairs = [i for i in range(256, 1000) if i not in kept][: CONFIG.vocab_size - len(kept)]
+        write_kept(Path(folder) / KEPT_FILE, sorted([*kept, *pairs]))
+        return load_tokenizer(folder)
+
+
+def model(**changes):
+    """The test model behind the engine."""
+    return dataclasses.replace(Model(CONFIG, params(), tokenizer(), CONFIG.max_context), **changes)

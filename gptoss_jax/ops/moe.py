@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.mxfp4 import MxTensor
 
 UNPACKED_LIMIT = 1 << 24  # weights unpacked at once (64 MB in float32); above it experts go one after another
-BLOCK_ROWS = 64  # rows of one expert that share one unpacking in the grouped path
+# Rows of one expert that share one unpacking in the grouped path: unpacking costs a CPU about as much as 25 rows.
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 
 Weight = MxTensor | jax.Array
 
@@ -93,13 +94,14 @@ def expert_mlp(
         return out + down_bias_ED[expert].astype(jnp.float32)[None]
 
     with jax.named_scope("expert_mlp"):
-        if pairs <= max(E, BLOCK_ROWS):
+        if pairs <= max(E, SMALLEST_BLOCK):
             rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
             out = _for_each(one, rows, experts_MX.reshape(-1), F * P * D + D * F)[:, 0]
         else:
-            slots, sources, block_experts = group(experts_MX.reshape(-1), E, BLOCK_ROWS)
+            block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
+            slots, sources, block_experts = group(experts_MX.reshape(-1), E, block)
             rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
-            rows = rows.reshape(-1, BLOCK_ROWS, D)
+            rows = rows.reshape(-1, block, D)
             out = _for_each(one, rows, block_experts, F * P * D + D * F).reshape(-1, D)[slots]
         out = out.reshape(M, X, D) * weights_MX[..., None]
         return out.sum(1).astype(x_MD.dtype)
