@@ -1,0 +1,99 @@
+"""Options that every verb with a model has, and loading with a spinner."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from typing import Annotated, Literal
+
+import tyro
+
+TINY = "gpt-oss-tiny"
+Effort = Literal["low", "medium", "high"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """Which model."""
+
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
+    """A Hub id such as openai/gpt-oss-20b, or a folder; by default gpt-oss-tiny from the package."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of everything that is not packed MXFP4; by default bfloat16, on CPU float32 for models below 1 GiB."""
+    max_context: int | None = None
+    """Longest sequence in tokens; by default the model's."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    offline: bool = False
+    """Use only what the Hub's cache already holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingArguments:
+    """How tokens are chosen."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Only tokens at least this probable relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of prompt and output become less likely."""
+    presence_penalty: float = 0.0
+    """Subtracted from logits of tokens already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every occurrence in the output."""
+    seed: int | None = None
+    """Same seed, same tokens."""
+
+    def sampling(self, **more):
+        """The settings as gptoss_jax.Sampling."""
+        from gptoss_jax.sampling import Sampling
+
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingArguments)}, **more)
+
+
+def note(text: str) -> None:
+    """One dim line on stderr, so that stdout holds the answer only."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def working(text: str):
+    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def load_model(arguments: ModelArguments, quiet: bool = False):
+    """Loads the model that the options name; says so when it is the one in the box."""
+    name = arguments.model or TINY
+    if arguments.model is None and not quiet:
+        note("Using gpt-oss-tiny, the model in the package; --model openai/gpt-oss-20b for the real thing.")
+    started = time.perf_counter()
+    with working(f"loading {name}"):
+        from gptoss_jax.engine import load
+
+        model = load(
+            name,
+            dtype=arguments.dtype,
+            max_context=arguments.max_context,
+            revision=arguments.revision,
+            offline=arguments.offline or None,
+        )
+    seconds = time.perf_counter() - started
+    if seconds > 10 and not quiet:
+        note(f"loaded {name} in {seconds:.0f} s")
+    sys.stdout.flush()
+    return model
