@@ -47,18 +47,26 @@ def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat
       GptOssError: The capacity is more than the model's context.
     """
     if not 0 < capacity <= config.max_context:
-        raise GptOssError(f"cache of {capacity} tokens asked for: the model's context is 1 to {config.max_context}")
+        raise GptOssError(
+            f"cache of {capacity} tokens asked for: the model's context is 1 to {config.max_context}"
+        )
 
     def zeros():
-        lengths = (config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types)
-        return tuple(jnp.zeros((batch, n, config.num_kv_heads, config.head_dim), dtype) for n in lengths)
+        lengths = (
+            config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types
+        )
+        return tuple(
+            jnp.zeros((batch, n, config.num_kv_heads, config.head_dim), dtype) for n in lengths
+        )
 
     return KVCache(zeros(), zeros(), jnp.zeros(batch, jnp.int32))
 
 
 def cache_bytes(config: GptOssConfig, batch: int, capacity: int, itemsize: int = 2) -> int:
     """Bytes of `make_cache`'s keys and values."""
-    slots = sum(config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types)
+    slots = sum(
+        config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types
+    )
     return 2 * batch * slots * config.num_kv_heads * config.head_dim * itemsize
 
 
@@ -77,7 +85,9 @@ def full_positions(length_B: Int[Array, " B"], capacity: int) -> Int[Array, "B S
 
 
 def write(
-    stored_BSKH: Float[Array, "B S K H"], new_BTKH: Float[Array, "B T K H"], slots_BT: Int[Array, "B T"]
+    stored_BSKH: Float[Array, "B S K H"],
+    new_BTKH: Float[Array, "B T K H"],
+    slots_BT: Int[Array, "B T"],
 ) -> Float[Array, "B S K H"]:
     """Stores new rows in their slots; a slot of S or more stores nothing."""
     rows = jnp.arange(stored_BSKH.shape[0], dtype=jnp.int32)[:, None]
@@ -89,7 +99,9 @@ def full_slots(positions_BT: Int[Array, "B T"], capacity: int) -> Int[Array, "B 
     return jnp.where(positions_BT >= 0, positions_BT, capacity)
 
 
-def ring_slots(positions_BT: Int[Array, "B T"], length_B: Int[Array, " B"], window: int) -> Int[Array, "B T"]:
+def ring_slots(
+    positions_BT: Int[Array, "B T"], length_B: Int[Array, " B"], window: int
+) -> Int[Array, "B T"]:
     """Slots of a ring after which `length` tokens are known: only the last `window` positions are stored."""
     kept = (positions_BT >= 0) & (positions_BT >= length_B[:, None] - window)
     return jnp.where(kept, positions_BT % window, window)

@@ -84,7 +84,9 @@ class GptOssConfig:
         short = name.removeprefix("openai/").replace("gpt-oss-safeguard-", "gpt-oss-")
         presets = {"gpt-oss-20b": {"num_layers": 24, "num_experts": 32}, "gpt-oss-120b": {}}
         if short not in presets:
-            raise GptOssError(f"no preset {name!r}: use one of {', '.join(presets)} or a checkpoint's folder")
+            raise GptOssError(
+                f"no preset {name!r}: use one of {', '.join(presets)} or a checkpoint's folder"
+            )
         return cls(**presets[short])
 
     @classmethod
@@ -100,7 +102,11 @@ class GptOssConfig:
         Raises:
           GptOssError: A key is missing, or asks for what the model does not do; the message names the key and value.
         """
-        if "num_local_experts" not in raw and "num_experts" in raw and "initial_context_length" in raw:
+        if (
+            "num_local_experts" not in raw
+            and "num_experts" in raw
+            and "initial_context_length" in raw
+        ):
             return cls(**_from_original(raw))
         return cls(**_from_transformers(raw))
 
@@ -160,7 +166,9 @@ def _get(raw: Mapping[str, Any], *names: str) -> Any:
     for name in names:
         if raw.get(name) is not None:
             return raw[name]
-    raise GptOssError(f"config key {names[0]!r} is missing: is this the config.json of a gpt-oss model?")
+    raise GptOssError(
+        f"config key {names[0]!r} is missing: is this the config.json of a gpt-oss model?"
+    )
 
 
 def _integer(raw: Mapping[str, Any], *names: str) -> int:
@@ -171,7 +179,12 @@ def _integer(raw: Mapping[str, Any], *names: str) -> int:
 
 
 def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         _refuse(key, value, "a positive number")
     return float(value)
 
@@ -179,14 +192,22 @@ def _number(value: Any, key: str) -> float:
 def _from_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("model_type") not in (None, "gpt_oss"):
         _refuse("model_type", raw["model_type"], "'gpt_oss'")
-    for key, wanted in (("tie_word_embeddings", False), ("attention_bias", True), ("hidden_act", "silu")):
+    for key, wanted in (
+        ("tie_word_embeddings", False),
+        ("attention_bias", True),
+        ("hidden_act", "silu"),
+    ):
         if raw.get(key, wanted) not in (wanted, None):
             _refuse(key, raw[key], repr(wanted))
     if raw.get("attention_dropout"):
         _refuse("attention_dropout", raw["attention_dropout"], "0.0")
     quantization = raw.get("quantization_config")
     if quantization and quantization.get("quant_method") != "mxfp4":
-        _refuse("quantization_config.quant_method", quantization.get("quant_method"), "'mxfp4', or no quantization")
+        _refuse(
+            "quantization_config.quant_method",
+            quantization.get("quant_method"),
+            "'mxfp4', or no quantization",
+        )
     eos = raw.get("eos_token_id")
     defaults = GptOssConfig.__dataclass_fields__
     eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or defaults["eos_token_ids"].default)
@@ -227,7 +248,11 @@ def _rope(raw: Mapping[str, Any], max_context: int) -> dict[str, Any]:
     if kind != "yarn":
         _refuse(f"{key}.rope_type", kind, "'yarn' or 'default'")
     if rope.get("truncate", True):
-        _refuse(f"{key}.truncate", rope.get("truncate", True), "false (gpt-oss does not round YaRN's bounds)")
+        _refuse(
+            f"{key}.truncate",
+            rope.get("truncate", True),
+            "false (gpt-oss does not round YaRN's bounds)",
+        )
     for extra in ("mscale", "mscale_all_dim", "attention_factor"):
         if rope.get(extra) is not None:
             _refuse(f"{key}.{extra}", rope[extra], "no such key")
@@ -269,17 +294,32 @@ def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(config: GptOssConfig) -> None:
     """Refuses what the model cannot do; names are those of Hugging Face's config.json."""
-    for key, value in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+    for key, value in (
+        ("hidden_size", config.hidden_size),
+        ("intermediate_size", config.intermediate_size),
+    ):
         if value % MXFP4_BLOCK:
             _refuse(key, value, f"a multiple of {MXFP4_BLOCK}, the MXFP4 block")
     if config.num_heads % config.num_kv_heads:
-        _refuse("num_key_value_heads", config.num_kv_heads, f"a divisor of num_attention_heads = {config.num_heads}")
+        _refuse(
+            "num_key_value_heads",
+            config.num_kv_heads,
+            f"a divisor of num_attention_heads = {config.num_heads}",
+        )
     if config.head_dim % 2:
         _refuse("head_dim", config.head_dim, "an even number (rotary embedding)")
     if config.experts_per_token > config.num_experts:
-        _refuse("num_experts_per_tok", config.experts_per_token, f"at most num_local_experts = {config.num_experts}")
+        _refuse(
+            "num_experts_per_tok",
+            config.experts_per_token,
+            f"at most num_local_experts = {config.num_experts}",
+        )
     if len(config.layer_types) != config.num_layers:
-        _refuse("layer_types", config.layer_types, f"a list of num_hidden_layers = {config.num_layers} entries")
+        _refuse(
+            "layer_types",
+            config.layer_types,
+            f"a list of num_hidden_layers = {config.num_layers} entries",
+        )
     for kind in config.layer_types:
         if kind not in (SLIDING, FULL):
             _refuse("layer_types", kind, f"{SLIDING!r} or {FULL!r}")

@@ -160,7 +160,9 @@ class Model:
         rows, _ = _as_rows([prompt])
         each = _as_settings(sampling, 1)
         if each[0].n != 1:
-            raise GptOssError(f"n is {each[0].n}: a stream has one completion, use generate for more")
+            raise GptOssError(
+                f"n is {each[0].n}: a stream has one completion, use generate for more"
+            )
         return (piece for _, piece in self._run(rows, each, max_new_tokens, stop, STREAM))
 
     def _check_ids(self, row: np.ndarray, new: int) -> None:
@@ -177,16 +179,22 @@ class Model:
         if row.size + new > self.max_context:
             what = f"the prompt has {row.size} tokens"
             what += f" and {new} new ones are asked for" if new else ""
-            raise GptOssError(f"{what}: the context is {self.max_context} tokens; shorten the prompt or ask for fewer")
+            raise GptOssError(
+                f"{what}: the context is {self.max_context} tokens; shorten the prompt or ask for fewer"
+            )
 
     def _run(self, rows, each, max_new_tokens, stop, chunk) -> Iterator[tuple[int, Piece]]:
         """Pieces of all completions as they come, with the index of the completion."""
         if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
-            raise GptOssError(f"max_new_tokens is {max_new_tokens}: expected a positive integer, or None")
+            raise GptOssError(
+                f"max_new_tokens is {max_new_tokens}: expected a positive integer, or None"
+            )
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(s, str) and s for s in stops):
             raise GptOssError(f"stop is {stop!r}: expected strings that are not empty")
-        ids = [np.asarray(self.tokenizer.encode(row) if isinstance(row, str) else row) for row in rows]
+        ids = [
+            np.asarray(self.tokenizer.encode(row) if isinstance(row, str) else row) for row in rows
+        ]
         for row in ids:
             self._check_ids(row, max_new_tokens or 1)
         return self._decode(ids, each, max_new_tokens, stops, chunk)
@@ -198,16 +206,23 @@ class Model:
         settings = [s for s in each for _ in range(s.n)]
         choices = [i for s in each for i in range(s.n)]
         lengths = [len(row) for row in ids for _ in range(copies)]
-        limits = [self.max_context - n if max_new_tokens is None else max_new_tokens for n in lengths]
+        limits = [
+            self.max_context - n if max_new_tokens is None else max_new_tokens for n in lengths
+        ]
         rows = len(settings)
         state = self._prefill(ids, copies, max(lengths) + min(max(limits), 256))
         batch = state.done_B.shape[0]
         pad = batch - rows
-        arrays = to_arrays(settings + [Sampling(temperature=0)] * pad, choices + [0] * pad, self.config.vocab_size)
+        arrays = to_arrays(
+            settings + [Sampling(temperature=0)] * pad, choices + [0] * pad, self.config.vocab_size
+        )
         stop_ids = self._stop_ids(settings, batch)
         wanted = [s.top_logprobs for s in settings if s.logprobs or s.top_logprobs]
         top = None if not wanted else (20 if max(wanted) else 0)
-        readers = [_Reader(self.tokenizer, stops, s, limit) for s, limit in zip(settings, limits, strict=True)]
+        readers = [
+            _Reader(self.tokenizer, stops, s, limit)
+            for s, limit in zip(settings, limits, strict=True)
+        ]
         made = 0
         while any(not reader.finished for reader in readers):
             capacity = _capacity(state.cache, self.config)
@@ -220,7 +235,14 @@ class Model:
             if chunk < DECODE and made < STREAM:
                 size = min(size, 2)  # the first words at once
             state, out = steps.decode(
-                self.params, state, arrays, stop_ids, jnp.int32(size), config=self.config, size=DECODE, top=top
+                self.params,
+                state,
+                arrays,
+                stop_ids,
+                jnp.int32(size),
+                config=self.config,
+                size=DECODE,
+                top=top,
             )
             out = jax.device_get(out)
             made += int(out.steps)
@@ -255,7 +277,9 @@ class Model:
         while at < longest:
             width = next((n for n in CHUNKS if n >= longest - at), CHUNKS[-1])
             part, mask = _pad([row[at : at + width] for row in rows], width)
-            cache, last_BD = steps.prefill(self.params, part, mask, cache, last_BD, config=self.config)
+            cache, last_BD = steps.prefill(
+                self.params, part, mask, cache, last_BD, config=self.config
+            )
             at += width
         parts = cache, last_BD, jnp.asarray(seen), jnp.asarray([len(row) == 0 for row in rows])
         return steps.start(self.params, *(parts if copies == 1 else steps.repeat(parts, copies)))
@@ -273,7 +297,9 @@ class _Reader:
 
     def read(self, out: steps.Output, row: int) -> Piece:
         reason, stop, text, tokens = None, None, "", []
-        columns = [int(t) for t in out.tokens_Bn[row, : int(out.steps)] if t >= 0][: self.limit - self.made]
+        columns = [int(t) for t in out.tokens_Bn[row, : int(out.steps)] if t >= 0][
+            : self.limit - self.made
+        ]
         ended = not self._running(out, row)
         for column, token in enumerate(columns):
             self.made += 1
@@ -315,10 +341,14 @@ def _logprob(out: steps.Output, row: int, column: int, top: int) -> TokenLogprob
 
 
 def _join(pieces: Sequence[Piece]) -> Completion:
-    logprobs = None if pieces[-1].logprobs is None else [x for p in pieces for x in p.logprobs or ()]
+    logprobs = (
+        None if pieces[-1].logprobs is None else [x for p in pieces for x in p.logprobs or ()]
+    )
     tokens = [t for p in pieces for t in p.tokens]
     last = pieces[-1]
-    return Completion("".join(p.text for p in pieces), tokens, logprobs, last.finish_reason or "length", last.stop)
+    return Completion(
+        "".join(p.text for p in pieces), tokens, logprobs, last.finish_reason or "length", last.stop
+    )
 
 
 def _as_rows(prompts) -> tuple[list[Any], bool]:
@@ -336,7 +366,9 @@ def _as_settings(sampling, count: int) -> list[Sampling]:
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling or Sampling()] * count
     if len(sampling) != count:
-        raise GptOssError(f"{len(sampling)} sampling settings for {count} prompts: give one, or one for each")
+        raise GptOssError(
+            f"{len(sampling)} sampling settings for {count} prompts: give one, or one for each"
+        )
     return list(sampling)
 
 
@@ -349,7 +381,11 @@ def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _capacity(cache: KVCache, config: GptOssConfig) -> int:
-    full = [k.shape[1] for k, kind in zip(cache.keys, config.layer_types, strict=True) if kind != SLIDING]
+    full = [
+        k.shape[1]
+        for k, kind in zip(cache.keys, config.layer_types, strict=True)
+        if kind != SLIDING
+    ]
     return max(full, default=config.max_context)
 
 
@@ -359,11 +395,15 @@ def _grow(state: steps.State, capacity: int, config: GptOssConfig) -> steps.Stat
 
     def wider(arrays):
         return tuple(
-            x if kind == SLIDING else jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)])
+            x
+            if kind == SLIDING
+            else jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)])
             for x, kind in zip(arrays, config.layer_types, strict=True)
         )
 
-    cache = dataclasses.replace(state.cache, keys=wider(state.cache.keys), values=wider(state.cache.values))
+    cache = dataclasses.replace(
+        state.cache, keys=wider(state.cache.keys), values=wider(state.cache.values)
+    )
     return dataclasses.replace(state, cache=cache)
 
 
@@ -399,12 +439,19 @@ def load(
     if dtype not in (None, "bfloat16", "float32"):
         raise GptOssError(f"dtype {dtype!r}: expected 'bfloat16' or 'float32'")
     if dtype is None:
-        small = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) < SMALL_BYTES
+        small = (
+            sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            < SMALL_BYTES
+        )
         dtype = "float32" if small and jax.default_backend() == "cpu" else "bfloat16"
     config, params = checkpoint.load_params(folder, dtype=jnp.dtype(dtype))
     if max_context is not None and not 0 < max_context <= config.max_context:
-        raise GptOssError(f"max_context is {max_context}: this model's context is 1 to {config.max_context}")
-    return Model(config, params, load_tokenizer(folder), max_context or config.max_context, str(source))
+        raise GptOssError(
+            f"max_context is {max_context}: this model's context is 1 to {config.max_context}"
+        )
+    return Model(
+        config, params, load_tokenizer(folder), max_context or config.max_context, str(source)
+    )
 
 
 def use_compilation_cache() -> None:

@@ -49,7 +49,18 @@ class Attention(_Declared):
     def __init__(self, config: GptOssConfig, layer: int, *, rngs: nnx.Rngs, dtype):
         self.config = config
         self.window = config.sliding_window if config.layer_types[layer] == SLIDING else None
-        self.declare(config, rngs, dtype, norm="D", q="NHD", q_bias="NH", k="KHD", k_bias="KH", v="KHD", v_bias="KH")
+        self.declare(
+            config,
+            rngs,
+            dtype,
+            norm="D",
+            q="NHD",
+            q_bias="NH",
+            k="KHD",
+            k_bias="KH",
+            v="KHD",
+            v_bias="KH",
+        )
         self.declare(config, rngs, dtype, sinks="N", o="DNH", o_bias="D")
 
     def __call__(self, x_BTD, span, stored):
@@ -62,14 +73,18 @@ class Attention(_Declared):
         q, k = ops.rotate(q, *span.rotation), ops.rotate(k, *span.rotation)
         out, stored = self._attend(q, k, v, span, stored)
         with jax.named_scope("o"):
-            return x_BTD + ops.linear("BTNH,DNH->BTD", out, self.o.get_value(), self.o_bias.get_value()), stored
+            return x_BTD + ops.linear(
+                "BTNH,DNH->BTD", out, self.o.get_value(), self.o_bias.get_value()
+            ), stored
 
     def _attend(self, q, k, v, span, stored):
         sinks, window = self.sinks.get_value(), self.window
         positions = span.positions_BT
         if stored is None:
             if window is None or k.shape[1] <= window:
-                return ops.attention(q, k, v, sinks, positions, span.known_BT, window, span.segments), None
+                return ops.attention(
+                    q, k, v, sinks, positions, span.known_BT, window, span.segments
+                ), None
             return self._band(q, k, v, None, span), None
         keys, values = stored
         size = keys.shape[1]
@@ -90,15 +105,21 @@ class Attention(_Declared):
         window, segments = self.window, span.segments
         if stored is None:
             pad = [(0, 0), (window, 0)]
-            before, keys, values = (jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2)) for x in (span.known_BT, k, v))
+            before, keys, values = (
+                jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2)) for x in (span.known_BT, k, v)
+            )
             before = before.at[:, :window].set(-1)
             if segments is not None:
                 segments = segments[0], jnp.pad(segments[1], pad)
         else:
             ring = kv.ring_positions(span.before_B, window)
             before = jnp.concatenate([ring, span.known_BT], axis=1)
-            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(stored, (k, v), strict=True))
-        return banded(q, keys, values, self.sinks.get_value(), span.positions_BT, before, window, segments)
+            keys, values = (
+                jnp.concatenate(pair, axis=1) for pair in zip(stored, (k, v), strict=True)
+            )
+        return banded(
+            q, keys, values, self.sinks.get_value(), span.positions_BT, before, window, segments
+        )
 
 
 class Mlp(_Declared):
@@ -107,14 +128,20 @@ class Mlp(_Declared):
     def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype):
         self.config = config
         self.declare(config, rngs, dtype, norm="D", router="ED", router_bias="E")
-        self.declare(config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED")
+        self.declare(
+            config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED"
+        )
 
     def __call__(self, x_BTD):
         """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X]."""
         config = self.config
-        norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(-1, config.hidden_size)
+        norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(
+            -1, config.hidden_size
+        )
         chosen = config.experts_per_token
-        weights, experts = ops.route(norm, self.router.get_value(), self.router_bias.get_value(), chosen)
+        weights, experts = ops.route(
+            norm, self.router.get_value(), self.router_bias.get_value(), chosen
+        )
         out = ops.expert_mlp(
             norm, weights, experts,
             self.gate_up.get_value(), self.gate_up_bias.get_value(), self.down.get_value(), self.down_bias.get_value(),
@@ -142,7 +169,9 @@ class GptOss(_Declared):
     def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         self.declare(config, rngs, dtype, embedding="VD", norm="D", unembedding="VD")
-        self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
+        )
 
     def __call__(self, tokens_BT, span, stored):
         """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen experts a layer."""
@@ -164,13 +193,17 @@ class _Span:
         steps = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         self.segments = None if segments_BT is None else (segments_BT, segments_BT)
         if segments_BT is not None:
-            first = jnp.argmax(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1).astype(jnp.int32)
+            first = jnp.argmax(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1).astype(
+                jnp.int32
+            )
             steps, mask_BT = steps - first, segments_BT > 0
         self.before_B = jnp.zeros(B, jnp.int32) if before_B is None else before_B
         self.positions_BT = self.before_B[:, None] + steps
         count_B = jnp.full(B, T, jnp.int32) if mask_BT is None else mask_BT.sum(1, dtype=jnp.int32)
         self.length_B = self.before_B + count_B
-        self.known_BT = self.positions_BT if mask_BT is None else jnp.where(mask_BT, self.positions_BT, -1)
+        self.known_BT = (
+            self.positions_BT if mask_BT is None else jnp.where(mask_BT, self.positions_BT, -1)
+        )
         inverse, concentration = frequencies(
             config.head_dim, config.rope_theta, config.rope_factor,
             config.rope_beta_fast, config.rope_beta_slow, config.original_context,
@@ -193,7 +226,9 @@ def letters(config: GptOssConfig) -> Params:
 
 def init_params(config: GptOssConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters, experts as plain arrays of `dtype`."""
-    return nnx.to_pure_dict(nnx.state(GptOss(config, rngs=nnx.Rngs(params=key), dtype=dtype), nnx.Param))
+    return nnx.to_pure_dict(
+        nnx.state(GptOss(config, rngs=nnx.Rngs(params=key), dtype=dtype), nnx.Param)
+    )
 
 
 def hidden(
@@ -232,7 +267,9 @@ def hidden(
 def unembed(params: Params, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Float32 logits of hidden states."""
     with jax.named_scope("unembed"):
-        return jnp.einsum("...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32
+        )
 
 
 def apply(

@@ -60,8 +60,12 @@ class MxTensor:
         """Part along the leading axes, still packed; `index` is what an array of the leading axes would take."""
         leading = len(self.shape) - 1
         parts = index if isinstance(index, tuple) else (index,)
-        if sum(part is not None for part in parts) > leading or Ellipsis in [p for p in parts if p is Ellipsis]:
-            raise GptOssError(f"an MxTensor of shape {self.shape} is indexed along its first {leading} axes: got {index}")
+        if sum(part is not None for part in parts) > leading or Ellipsis in [
+            p for p in parts if p is Ellipsis
+        ]:
+            raise GptOssError(
+                f"an MxTensor of shape {self.shape} is indexed along its first {leading} axes: got {index}"
+            )
         return MxTensor(self.blocks[index], self.scales[index])
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
@@ -70,11 +74,15 @@ class MxTensor:
 
     def __matmul__(self, x) -> jax.Array:
         """Product along the blocked axis in x's dtype, float32 sums: [..., O, I] @ [..., I, J] as for arrays."""
-        return jnp.matmul(self.dequantize(x.dtype), x, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.matmul(self.dequantize(x.dtype), x, preferred_element_type=jnp.float32).astype(
+            x.dtype
+        )
 
     def __rmatmul__(self, x) -> jax.Array:
         """x @ tensor, in x's dtype with float32 sums."""
-        return jnp.matmul(x, self.dequantize(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.matmul(x, self.dequantize(x.dtype), preferred_element_type=jnp.float32).astype(
+            x.dtype
+        )
 
     def __repr__(self) -> str:
         kind = type(self.blocks).__name__
@@ -138,7 +146,9 @@ def check_scales(scales: np.ndarray, name: str = "tensor") -> None:
     found = np.asarray(scales) == SCALE_NAN
     if found.any():
         where = tuple(int(i) for i in np.argwhere(found)[0])
-        raise GptOssError(f"{name}: scale 255 (NaN in MXFP4) at {where}: the checkpoint is damaged, download it again")
+        raise GptOssError(
+            f"{name}: scale 255 (NaN in MXFP4) at {where}: the checkpoint is damaged, download it again"
+        )
 
 
 _TIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
@@ -168,7 +178,9 @@ def pack(values: np.ndarray) -> MxTensor:
     """
     values = np.asarray(values, np.float32)
     if values.shape[-1] % BLOCK:
-        raise GptOssError(f"last axis of {values.shape} is no multiple of {BLOCK}: MXFP4 blocks cannot be formed")
+        raise GptOssError(
+            f"last axis of {values.shape} is no multiple of {BLOCK}: MXFP4 blocks cannot be formed"
+        )
     if not np.isfinite(values).all():
         raise GptOssError("values to pack hold NaN or infinity: MXFP4 has neither")
     grouped = values.reshape(*values.shape[:-1], -1, BLOCK)
@@ -179,7 +191,9 @@ def pack(values: np.ndarray) -> MxTensor:
     for offset in (-1, 0, 1):
         scale = np.clip(base + offset, -SCALE_BIAS, SCALE_NAN - 1 - SCALE_BIAS)
         codes = _round_codes(np.ldexp(magnitudes, -scale[..., None]))
-        error = ((np.ldexp(E2M1[codes], scale[..., None]).astype(np.float64) - magnitudes) ** 2).sum(-1)
+        error = (
+            (np.ldexp(E2M1[codes], scale[..., None]).astype(np.float64) - magnitudes) ** 2
+        ).sum(-1)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)

@@ -16,7 +16,11 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gptoss_jax.errors import GptOssError
 
-BIAS_SLOTS = (0, 16, 1024)  # entries of logit_bias, padded to one of these so that few shapes are compiled
+BIAS_SLOTS = (
+    0,
+    16,
+    1024,
+)  # entries of logit_bias, padded to one of these so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,9 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -1000.0, 1000.0)
         if len(self.logit_bias) > BIAS_SLOTS[-1]:
-            raise GptOssError(f"logit_bias has {len(self.logit_bias)} entries: at most {BIAS_SLOTS[-1]} are supported")
+            raise GptOssError(
+                f"logit_bias has {len(self.logit_bias)} entries: at most {BIAS_SLOTS[-1]} are supported"
+            )
 
 
 def _within(name, value, low, high, *, above=False, integer=False):
@@ -175,7 +181,9 @@ def sample(
             scaled_BV = logits_BV / jnp.where(warm, s.temperature_B, 1.0)[:, None]
             filtered = warm & ((s.top_k_B > 0) | (s.top_p_B < 1) | (s.min_p_B > 0))
             kept_BV = jax.lax.cond(filtered.any(), lambda: _filter(scaled_BV, s), lambda: scaled_BV)
-            drawn_B = jnp.argmax(kept_BV + _gumbel(s.keys_B2, positions_B, logits_BV.shape[1]), axis=-1)
+            drawn_B = jnp.argmax(
+                kept_BV + _gumbel(s.keys_B2, positions_B, logits_BV.shape[1]), axis=-1
+            )
             return jnp.where(warm, drawn_B.astype(jnp.int32), greedy_B)
 
         return jax.lax.cond((s.temperature_B > 0).any(), draw, lambda: greedy_B)
@@ -183,7 +191,9 @@ def sample(
 
 def _gumbel(keys_B2: UInt32[Array, "B two"], positions_B, size):
     def row(key, position):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), position), (size,), jnp.float32)
+        return jax.random.gumbel(
+            jax.random.fold_in(jax.random.wrap_key_data(key), position), (size,), jnp.float32
+        )
 
     return jax.vmap(row)(keys_B2, positions_B.astype(jnp.uint32))
 
@@ -192,7 +202,9 @@ def _adjust(logits_BV, s, seen_BV, counts_BV):
     present = counts_BV > 0
     repeated = present | (seen_BV > 0)
     penalty = s.repetition_B[:, None]
-    logits = jnp.where(repeated, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    logits = jnp.where(
+        repeated, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV
+    )
     logits -= s.frequency_B[:, None] * counts_BV.astype(jnp.float32)
     logits -= s.presence_B[:, None] * present.astype(jnp.float32)
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
@@ -204,12 +216,15 @@ def _filter(scaled_BV, s):
     V = scaled_BV.shape[1]
     keys_BV = _sortable(scaled_BV)
     k_B = jnp.where(s.top_k_B > 0, jnp.minimum(s.top_k_B, V), V)
-    kth_B = _largest(lambda t: (keys_BV >= t[:, None]).sum(1, dtype=jnp.int32) >= k_B, scaled_BV.shape[0])
+    kth_B = _largest(
+        lambda t: (keys_BV >= t[:, None]).sum(1, dtype=jnp.int32) >= k_B, scaled_BV.shape[0]
+    )
     kept = keys_BV >= kth_B[:, None]
     p_BV = jax.nn.softmax(jnp.where(kept, scaled_BV, -jnp.inf), axis=-1)
     p_keys_BV = _sortable(p_BV)
     nucleus_B = _largest(
-        lambda t: jnp.where(p_keys_BV >= t[:, None], p_BV, 0.0).sum(1) >= s.top_p_B, scaled_BV.shape[0]
+        lambda t: jnp.where(p_keys_BV >= t[:, None], p_BV, 0.0).sum(1) >= s.top_p_B,
+        scaled_BV.shape[0],
     )
     kept &= (p_keys_BV >= nucleus_B[:, None]) | (s.top_p_B >= 1)[:, None]
     kept &= p_BV >= s.min_p_B[:, None] * p_BV.max(1, keepdims=True)

@@ -106,12 +106,16 @@ def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, co
     Returns:
       The new state and the chosen tokens int32 [B], -1 for rows that had stopped before.
     """
-    tokens_B = sample(state.logits_BV, settings, state.seen_BV, state.counts_BV, state.cache.length_B)
+    tokens_B = sample(
+        state.logits_BV, settings, state.seen_BV, state.counts_BV, state.cache.length_B
+    )
     rows = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
     counts_BV = state.counts_BV.at[rows, tokens_B].add((~state.done_B).astype(jnp.int32))
     out_B = jnp.where(state.done_B, -1, tokens_B)
     done_B = state.done_B | (tokens_B[:, None] == stops_BJ).any(1)
-    x_B1D, cache, _ = hidden(params, tokens_B[:, None], state.cache, config=config, mask=~state.done_B[:, None])
+    x_B1D, cache, _ = hidden(
+        params, tokens_B[:, None], state.cache, config=config, mask=~state.done_B[:, None]
+    )
     return State(cache, unembed(params, x_B1D[:, 0]), state.seen_BV, counts_BV, done_B), out_B
 
 
@@ -158,17 +162,31 @@ def decode(
         state, tokens_B = step(params, state, settings, stops_BJ, config=config)
         tokens = jax.lax.dynamic_update_slice_in_dim(out.tokens_Bn, tokens_B[:, None], i, axis=1)
         if top is None:
-            return state, dataclasses.replace(out, tokens_Bn=tokens, stopped_B=state.done_B, steps=i + 1)
+            return state, dataclasses.replace(
+                out, tokens_Bn=tokens, stopped_B=state.done_B, steps=i + 1
+            )
         chosen_B, ids_Bk, values_Bk = logprobs(logits_BV, jnp.maximum(tokens_B, 0), k)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
-        columns = [(out.logprobs_Bn, chosen_B), (out.top_ids_Bnk, ids_Bk), (out.top_logprobs_Bnk, values_Bk)]
-        return state, Output(tokens, *(put(old, new[:, None]) for old, new in columns), state.done_B, i + 1)
+        columns = [
+            (out.logprobs_Bn, chosen_B),
+            (out.top_ids_Bnk, ids_Bk),
+            (out.top_logprobs_Bnk, values_Bk),
+        ]
+        return state, Output(
+            tokens, *(put(old, new[:, None]) for old, new in columns), state.done_B, i + 1
+        )
 
     return jax.lax.while_loop(running, body, (state, empty))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def score(params: Params, tokens_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"], *, config: GptOssConfig):
+def score(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    *,
+    config: GptOssConfig,
+):
     """Float32 logits [B, T, V] of whole sequences, without a cache."""
     x_BTD, _, _ = hidden(params, tokens_BT, config=config, mask=mask_BT)
     return unembed(params, x_BTD)

@@ -16,7 +16,9 @@ class StopStrings:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self.decoder, self.stops = tokenizer.decoder(), tuple(stops)
         self.text = ""  # not yet emitted
-        self.tokens: list[tuple[int, int]] = []  # not yet emitted: id, characters of self.text known after it
+        self.tokens: list[
+            tuple[int, int]
+        ] = []  # not yet emitted: id, characters of self.text known after it
 
     def feed(self, token: int) -> tuple[str, list[int], str | None]:
         """Takes an id.
@@ -30,7 +32,10 @@ class StopStrings:
         if found:
             at, stop = min(found, key=lambda pair: (pair[0], -len(pair[1])))
             return *self._emit(at, at), stop
-        held = max((n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        held = max(
+            (n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])),
+            default=0,
+        )
         return *self._emit(len(self.text) - held, len(self.text) - held), None
 
     def flush(self) -> tuple[str, list[int]]:

@@ -25,10 +25,20 @@ def released():
 
 
 def test_presets():
-    small, large = GptOssConfig.preset("openai/gpt-oss-20b"), GptOssConfig.preset("gpt-oss-safeguard-120b")
-    assert (small.num_layers, small.num_experts, large.num_layers, large.num_experts) == (24, 32, 36, 128)
+    small, large = (
+        GptOssConfig.preset("openai/gpt-oss-20b"),
+        GptOssConfig.preset("gpt-oss-safeguard-120b"),
+    )
+    assert (small.num_layers, small.num_experts, large.num_layers, large.num_experts) == (
+        24,
+        32,
+        36,
+        128,
+    )
     assert small.layer_types[:3] == ("sliding_attention", "full_attention", "sliding_attention")
-    with pytest.raises(GptOssError, match="no preset 'gpt-oss-7b': use one of gpt-oss-20b, gpt-oss-120b"):
+    with pytest.raises(
+        GptOssError, match="no preset 'gpt-oss-7b': use one of gpt-oss-20b, gpt-oss-120b"
+    ):
         GptOssConfig.preset("gpt-oss-7b")
 
 
@@ -44,11 +54,16 @@ def test_the_three_spellings_and_the_original_agree():
         found = GptOssConfig.from_hf(raw)
         assert dataclasses.replace(found, eos_token_ids=expected.eos_token_ids) == expected
     assert GptOssConfig.from_hf(first).eos_token_ids == (200002,)
-    assert GptOssConfig.from_hf({**first, "eos_token_id": [200002, 199999]}).eos_token_ids == (200002, 199999)
+    assert GptOssConfig.from_hf({**first, "eos_token_id": [200002, 199999]}).eos_token_ids == (
+        200002,
+        199999,
+    )
 
 
 def test_plain_rope():
-    config = dataclasses.replace(tiny.CONFIG, rope_factor=1.0, original_context=tiny.CONFIG.max_context)
+    config = dataclasses.replace(
+        tiny.CONFIG, rope_factor=1.0, original_context=tiny.CONFIG.max_context
+    )
     assert GptOssConfig.from_hf(config.to_hf()).rope_factor == 1.0
 
 

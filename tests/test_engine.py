@@ -60,7 +60,9 @@ def test_stream_is_the_completion_in_pieces(model, greedy):
 def test_n_completions_and_seeds(model):
     three = model.generate("hello", Sampling(seed=5, n=3), max_new_tokens=10)
     assert len({tuple(c.tokens) for c in three}) == 3
-    again = model.generate(["other", "hello"], [Sampling(seed=1), Sampling(seed=5)], max_new_tokens=10)
+    again = model.generate(
+        ["other", "hello"], [Sampling(seed=1), Sampling(seed=5)], max_new_tokens=10
+    )
     assert again[1].tokens == three[0].tokens
     mixed = model.generate(["hello", "hello"], [Sampling(seed=5, n=2), GREEDY], max_new_tokens=10)
     assert [c.tokens for c in mixed[0]] == [c.tokens for c in three[:2]]
@@ -69,13 +71,19 @@ def test_n_completions_and_seeds(model):
 def test_stop_ids_are_not_emitted(model, greedy):
     stop = greedy.tokens[6]
     first = greedy.tokens.index(stop)
-    found = model.generate("hello", Sampling(temperature=0, stop_token_ids=[stop]), max_new_tokens=20)
+    found = model.generate(
+        "hello", Sampling(temperature=0, stop_token_ids=[stop]), max_new_tokens=20
+    )
     assert (found.tokens, found.finish_reason, found.stop) == (greedy.tokens[:first], "stop", stop)
     eos = tiny.CONFIG.eos_token_ids[0]
     forced = Sampling(temperature=0, logit_bias={eos: 1000.0})
     ended = model.generate("hello", forced, max_new_tokens=5)
     assert (ended.tokens, ended.text, ended.stop) == ([], "", eos)
-    ignored = model.generate("hello", Sampling(temperature=0, logit_bias={eos: 1000.0}, ignore_eos=True), max_new_tokens=5)
+    ignored = model.generate(
+        "hello",
+        Sampling(temperature=0, logit_bias={eos: 1000.0}, ignore_eos=True),
+        max_new_tokens=5,
+    )
     assert ignored.tokens == [eos] * 5
 
 
@@ -109,7 +117,9 @@ def test_stop_strings_by_search(model, cut):
 
 
 def test_logprobs_are_those_of_the_logits(model, greedy):
-    found = model.generate("hello", Sampling(temperature=0, logprobs=True, top_logprobs=3), max_new_tokens=20)
+    found = model.generate(
+        "hello", Sampling(temperature=0, logprobs=True, top_logprobs=3), max_new_tokens=20
+    )
     prompt = model.tokenizer.encode("hello")
     logits = np.asarray(model.logits([prompt + greedy.tokens])[0], np.float64)[len(prompt) - 1 : -1]
     expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -138,14 +148,20 @@ def test_a_grown_cache_gives_the_same_tokens(model, monkeypatch):
 
 
 def _small_prefill(prefill):
-    return lambda self, ids, copies, total: prefill(self, ids, copies, max(len(row) for row in ids) + 1)
+    return lambda self, ids, copies, total: prefill(
+        self, ids, copies, max(len(row) for row in ids) + 1
+    )
 
 
 def test_new_lengths_limits_and_settings_do_not_recompile(model):
     model.generate("hello there", Sampling(seed=1), max_new_tokens=40)
     before = steps.prefill._cache_size(), steps.decode._cache_size()
     for prompt, n in (("a", 3), ("a longer prompt", 17), ([5] * 31, 64)):
-        model.generate(prompt, Sampling(temperature=0.5, top_p=0.9, seed=2, presence_penalty=1.0), max_new_tokens=n)
+        model.generate(
+            prompt,
+            Sampling(temperature=0.5, top_p=0.9, seed=2, presence_penalty=1.0),
+            max_new_tokens=n,
+        )
         list(model.stream(prompt, GREEDY, max_new_tokens=n))
     assert (steps.prefill._cache_size(), steps.decode._cache_size()) == before
 
@@ -168,17 +184,29 @@ def test_float32_and_bfloat16_caches_have_the_parameters_type(model):
         (lambda m: m.generate(""), "the prompt is empty: give at least one token"),
         (lambda m: m.generate([]), "the prompt is empty: give at least one token"),
         (lambda m: m.generate([[1], []]), "the prompt is empty: give at least one token"),
-        (lambda m: m.generate([1, 331]), "token id 331 at position 1 is out of range: ids are 0 to 330"),
+        (
+            lambda m: m.generate([1, 331]),
+            "token id 331 at position 1 is out of range: ids are 0 to 330",
+        ),
         (lambda m: m.logits([[-1]]), "token id -1 at position 0 is out of range: ids are 0 to 330"),
         (
             lambda m: m.generate([1] * 500, max_new_tokens=13),
             "the prompt has 500 tokens and 13 new ones are asked for: the context is 512 tokens; "
             "shorten the prompt or ask for fewer",
         ),
-        (lambda m: m.generate("a", max_new_tokens=0), "max_new_tokens is 0: expected a positive integer, or None"),
+        (
+            lambda m: m.generate("a", max_new_tokens=0),
+            "max_new_tokens is 0: expected a positive integer, or None",
+        ),
         (lambda m: m.generate("a", stop=[""]), "stop is ['']: expected strings that are not empty"),
-        (lambda m: m.stream("a", Sampling(n=2)), "n is 2: a stream has one completion, use generate for more"),
-        (lambda m: m.generate(["a", "b"], [GREEDY]), "1 sampling settings for 2 prompts: give one, or one for each"),
+        (
+            lambda m: m.stream("a", Sampling(n=2)),
+            "n is 2: a stream has one completion, use generate for more",
+        ),
+        (
+            lambda m: m.generate(["a", "b"], [GREEDY]),
+            "1 sampling settings for 2 prompts: give one, or one for each",
+        ),
         (lambda m: m.generate([1.5]), "expected a list of token ids"),
     ],
 )

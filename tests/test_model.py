@@ -19,7 +19,9 @@ from gptoss_jax.model import forward, hidden, letters
 from gptoss_jax.ops import moe
 from gptoss_jax.ops.attention import banded
 
-attention_module = importlib.import_module("gptoss_jax.ops.attention")  # ops.attention is the function
+attention_module = importlib.import_module(
+    "gptoss_jax.ops.attention"
+)  # ops.attention is the function
 
 LENGTH = 37  # more than four windows
 TOLERANCE = 2e-5  # of the logits' standard deviation, float32
@@ -56,13 +58,19 @@ def test_left_right_and_mixed_padding_change_nothing(whole, cached):
     for row, (source, where, n) in enumerate(rows):
         ids[row, where], mask[row, where] = tokens[source, :n], True
     cache = make_cache(tiny.CONFIG, 3, 64, jnp.float32) if cached else None
-    logits, cache = forward(tiny.params(), jnp.asarray(ids), cache, config=tiny.CONFIG, mask=jnp.asarray(mask))
+    logits, cache = forward(
+        tiny.params(), jnp.asarray(ids), cache, config=tiny.CONFIG, mask=jnp.asarray(mask)
+    )
     for row, (source, where, n) in enumerate(rows):
         close(logits[row, where], expected[source, :n])
     if cached:  # and go on from there, one row standing still
         steps = np.array([[5], [6], [9]], np.int32)
         logits, after = forward(
-            tiny.params(), jnp.asarray(steps), cache, config=tiny.CONFIG, mask=jnp.array([[True], [True], [False]])
+            tiny.params(),
+            jnp.asarray(steps),
+            cache,
+            config=tiny.CONFIG,
+            mask=jnp.array([[True], [True], [False]]),
         )
         assert after.length_B.tolist() == [38, 30, 13]
         for row, (source, _, n) in enumerate(rows[:2]):
@@ -93,7 +101,10 @@ def test_packed_experts_equal_their_values():
         packed, is_leaf=lambda x: isinstance(x, mxfp4.MxTensor),
     )  # fmt: skip
     tokens = tiny.tokens(1, 9)
-    close(forward(packed, tokens, config=tiny.CONFIG)[0], forward(plain, tokens, config=tiny.CONFIG)[0])
+    close(
+        forward(packed, tokens, config=tiny.CONFIG)[0],
+        forward(plain, tokens, config=tiny.CONFIG)[0],
+    )
 
 
 def test_parameters_have_the_shapes_of_their_letters():
@@ -110,7 +121,9 @@ def test_cache_is_24_kib_a_token_for_20b():
     cache = jax.eval_shape(lambda: make_cache(config, 2, 1000))
     leaves = jax.tree.leaves((cache.keys, cache.values))
     assert sum(x.size * x.dtype.itemsize for x in leaves) == cache_bytes(config, 2, 1000)
-    with pytest.raises(GptOssError, match="cache of 131073 tokens asked for: the model's context is 1 to 131072"):
+    with pytest.raises(
+        GptOssError, match="cache of 131073 tokens asked for: the model's context is 1 to 131072"
+    ):
         make_cache(config, 1, 131073)
 
 
@@ -172,7 +185,9 @@ def test_a_query_that_sees_nothing_gives_zero():
 
 def experts_by_loops(x, weights, experts, layer, limit, alpha):
     out = np.zeros(x.shape)
-    gate_up, down = (np.asarray(layer[n].dequantize(jnp.float32), np.float64) for n in ("gate_up", "down"))
+    gate_up, down = (
+        np.asarray(layer[n].dequantize(jnp.float32), np.float64) for n in ("gate_up", "down")
+    )
     for m in range(x.shape[0]):
         for weight, e in zip(weights[m], experts[m], strict=True):
             h = np.einsum("fpd,d->fp", gate_up[e], x[m]) + layer["gate_up_bias"][e]
@@ -197,7 +212,10 @@ def test_experts_by_loops(rows, limit_bytes, load, monkeypatch):
     expected = experts_by_loops(x, weights, experts, layer, 0.7, 1.702)
     names = ("gate_up", "gate_up_bias", "down", "down_bias")
     found = ops.expert_mlp(
-        *(jnp.asarray(a) for a in (x, weights, experts)), *(layer[n] for n in names), alpha=1.702, limit=0.7
+        *(jnp.asarray(a) for a in (x, weights, experts)),
+        *(layer[n] for n in names),
+        alpha=1.702,
+        limit=0.7,
     )
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
 
@@ -214,7 +232,10 @@ def test_groups_hold_every_row_once(experts, block):
 
 
 def test_router_weights_by_numpy():
-    layer, x = tiny.params()["layers"][0]["mlp"], np.random.default_rng(0).normal(size=(50, 96)).astype(np.float32)
+    layer, x = (
+        tiny.params()["layers"][0]["mlp"],
+        np.random.default_rng(0).normal(size=(50, 96)).astype(np.float32),
+    )
     weights, experts = ops.route(jnp.asarray(x), layer["router"], layer["router_bias"], 4)
     logits = x @ np.asarray(layer["router"]).T + np.asarray(layer["router_bias"])
     order = np.argsort(-logits, axis=1)[:, :4]
@@ -226,7 +247,12 @@ def test_router_weights_by_numpy():
 def test_no_step_unpacks_all_experts():
     """The compiled decode step of a wide layer holds temporaries of the chosen experts, not of all."""
     config = dataclasses.replace(
-        tiny.CONFIG, num_layers=2, hidden_size=512, intermediate_size=1024, num_experts=64, layer_types=()
+        tiny.CONFIG,
+        num_layers=2,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_experts=64,
+        layer_types=(),
     )
     from gptoss_jax.model import init_params
 
@@ -235,11 +261,16 @@ def test_no_step_unpacks_all_experts():
         for name in ("gate_up", "down"):
             *lead, last = layer["mlp"][name].shape
             layer["mlp"][name] = mxfp4.MxTensor(
-                jax.ShapeDtypeStruct((*lead, last // 32, 16), jnp.uint8), jax.ShapeDtypeStruct((*lead, last // 32), jnp.uint8)
+                jax.ShapeDtypeStruct((*lead, last // 32, 16), jnp.uint8),
+                jax.ShapeDtypeStruct((*lead, last // 32), jnp.uint8),
             )
     cache = jax.eval_shape(lambda: make_cache(config, 1, 64))
     step = jax.jit(hidden, static_argnames="config").lower(
         params, jax.ShapeDtypeStruct((1, 1), jnp.int32), cache, config=config
     )
     one_expert = 3 * 512 * 1024
-    assert step.compile().memory_analysis().temp_size_in_bytes < 4 * one_expert * 14 < 64 * one_expert * 2
+    assert (
+        step.compile().memory_analysis().temp_size_in_bytes
+        < 4 * one_expert * 14
+        < 64 * one_expert * 2
+    )

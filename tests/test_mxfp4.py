@@ -45,7 +45,9 @@ def test_half_units_never_become_subnormal():
     """0.5 at the smallest scales: a decode through bfloat16 subnormals gives 0 here, because the CPU flushes them."""
     blocks = np.full((3, 16), 0x11, np.uint8)
     found = jax.jit(mxfp4.decode)(blocks, np.array([2, 3, 4], np.uint8))
-    np.testing.assert_array_equal(np.asarray(found, np.float64).reshape(3, 32)[:, 0], [2.0**-126, 2.0**-125, 2.0**-124])
+    np.testing.assert_array_equal(
+        np.asarray(found, np.float64).reshape(3, 32)[:, 0], [2.0**-126, 2.0**-125, 2.0**-124]
+    )
 
 
 def brute_force(block):
@@ -59,7 +61,9 @@ def brute_force(block):
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float32, (1, 32), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)))
+@given(
+    hnp.arrays(np.float32, (1, 32), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
+)
 def test_pack_finds_the_best_scale(values):
     packed = mxfp4.pack(values)
     error = ((mxfp4.unpack(packed.blocks, packed.scales) - values.astype(np.float64)) ** 2).sum()
@@ -83,7 +87,9 @@ def test_pack_keeps_zeros_and_signs():
 def test_refusals():
     blocks, scales = random_bytes((2, 3))
     scales[1, 2] = 255
-    with pytest.raises(GptOssError, match=r"^up: scale 255 \(NaN in MXFP4\) at \(1, 2\): the checkpoint is damaged"):
+    with pytest.raises(
+        GptOssError, match=r"^up: scale 255 \(NaN in MXFP4\) at \(1, 2\): the checkpoint is damaged"
+    ):
         mxfp4.check_scales(scales, "up")
     with pytest.raises(GptOssError, match="scale 255"):
         mxfp4.unpack(blocks, scales)
@@ -102,12 +108,16 @@ def test_tensor_is_a_pytree_that_indexes_multiplies_and_prints():
     doubled = jax.jit(lambda t: jax.tree.map(lambda x: x, t))(tensor)
     assert isinstance(doubled, MxTensor)
     np.testing.assert_array_equal(tensor[4].dequantize(jnp.float32), values[4])
-    np.testing.assert_array_equal(tensor[jnp.array([1, 3]), 2].dequantize(jnp.float32), values[[1, 3], 2])
+    np.testing.assert_array_equal(
+        tensor[jnp.array([1, 3]), 2].dequantize(jnp.float32), values[[1, 3], 2]
+    )
     with pytest.raises(GptOssError, match="indexed along its first 2 axes"):
         tensor[0, 0, 0]
     x = np.random.default_rng(1).normal(size=(96, 2)).astype(np.float32)
     np.testing.assert_allclose(tensor[0] @ jnp.asarray(x), values[0] @ x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(jnp.asarray(x[:10].T) @ tensor[0], x[:10].T @ values[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jnp.asarray(x[:10].T) @ tensor[0], x[:10].T @ values[0], rtol=1e-4, atol=1e-4
+    )
     assert "MxTensor" in treescope.render_to_text(tensor)
     assert "shape=(6, 10, 96)" in repr(tensor)
 
@@ -118,4 +128,6 @@ def test_tensor_is_sharded_by_expert():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
     tensor = jax.device_put(MxTensor(jnp.asarray(blocks), jnp.asarray(scales)), sharding)
     assert tensor.blocks.addressable_shards[1].data.shape == (2, 10, 3, 16)
-    np.testing.assert_array_equal(tensor[5].dequantize(jnp.float32), mxfp4.unpack(blocks[5], scales[5]))
+    np.testing.assert_array_equal(
+        tensor[5].dequantize(jnp.float32), mxfp4.unpack(blocks[5], scales[5])
+    )

@@ -90,7 +90,11 @@ def test_the_seed_alone_decides():
 
 def test_greedy_and_drawn_rows_mix():
     logits = np.random.default_rng(1).normal(size=(3, V))
-    rows = [Sampling(temperature=0), Sampling(temperature=1.5, seed=1, top_k=1), Sampling(temperature=0)]
+    rows = [
+        Sampling(temperature=0),
+        Sampling(temperature=1.5, seed=1, top_k=1),
+        Sampling(temperature=0),
+    ]
     assert choose(logits, rows).tolist() == logits.argmax(1).tolist()
 
 
@@ -99,7 +103,11 @@ def test_penalties_and_bias_by_hand():
     seen, counts = np.zeros((1, V)), np.zeros((1, V))
     seen[0, :10], counts[0, 5:20] = 1, np.arange(15)
     row = Sampling(
-        temperature=0, repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={3: 2.5, 52: -1}
+        temperature=0,
+        repetition_penalty=1.7,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={3: 2.5, 52: -1},
     )
     expected = logits[0].astype(np.float64)
     for i in range(V):
@@ -109,7 +117,10 @@ def test_penalties_and_bias_by_hand():
     expected[3] += 2.5
     expected[52] -= 1
     found = sampling._adjust(
-        jnp.asarray(logits), to_arrays([row], [0], V), jnp.asarray(seen, jnp.int8), jnp.asarray(counts, jnp.int32)
+        jnp.asarray(logits),
+        to_arrays([row], [0], V),
+        jnp.asarray(seen, jnp.int8),
+        jnp.asarray(counts, jnp.int32),
     )
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
     assert choose(logits, [row], seen=seen, counts=counts)[0] == expected.argmax()
@@ -133,7 +144,10 @@ def test_logprobs_against_scipy_style_log_softmax():
         ({"top_p": math.inf}, "top_p is inf: expected a number above 0.0 and at most 1.0"),
         ({"top_k": 1.5}, "top_k is 1.5: expected an integer from 0 to 2147483647"),
         ({"min_p": True}, "min_p is True: expected a number from 0.0 to 1.0"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number above 0.0 and at most 100.0"),
+        (
+            {"repetition_penalty": 0},
+            "repetition_penalty is 0: expected a number above 0.0 and at most 100.0",
+        ),
         ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
         ({"seed": 2**64}, "seed is 18446744073709551616: expected an integer from"),
         ({"n": 0}, "n is 0: expected an integer from 1 to 1024"),
@@ -148,5 +162,7 @@ def test_refusals(change, message):
 
 
 def test_bias_outside_the_vocabulary_is_refused():
-    with pytest.raises(GptOssError, match="token id of logit_bias is 53: expected an integer from 0 to 52"):
+    with pytest.raises(
+        GptOssError, match="token id of logit_bias is 53: expected an integer from 0 to 52"
+    ):
         to_arrays([Sampling(logit_bias={53: 1.0})], [0], V)

@@ -43,19 +43,25 @@ def params(config: GptOssConfig = CONFIG, packed: bool = True, seed: int = 0):
     def draw(path, leaf):
         name = path[-1].key
         scale = 0.3 if leaf.ndim == 1 or name.endswith("bias") else 0.05
-        return jnp.asarray((name == "norm") + scale * generator.normal(size=leaf.shape), jnp.float32)
+        return jnp.asarray(
+            (name == "norm") + scale * generator.normal(size=leaf.shape), jnp.float32
+        )
 
     tree = jax.tree_util.tree_map_with_path(draw, tree)
     if packed:
         for layer in tree["layers"].values():
             for name in ("gate_up", "down"):
-                layer["mlp"][name] = jax.tree.map(jnp.asarray, mxfp4.pack(np.asarray(layer["mlp"][name])))
+                layer["mlp"][name] = jax.tree.map(
+                    jnp.asarray, mxfp4.pack(np.asarray(layer["mlp"][name]))
+                )
     return tree
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
     """Random ids [batch, length]."""
-    return jax.random.randint(jax.random.key(seed), (batch, length), 0, CONFIG.vocab_size, jnp.int32)
+    return jax.random.randint(
+        jax.random.key(seed), (batch, length), 0, CONFIG.vocab_size, jnp.int32
+    )
 
 
 @functools.lru_cache

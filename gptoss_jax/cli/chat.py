@@ -7,7 +7,14 @@ from typing import Annotated, get_args
 
 import tyro
 
-from gptoss_jax.cli.loading import Effort, ModelArguments, SamplingArguments, load_model, note, working
+from gptoss_jax.cli.loading import (
+    Effort,
+    ModelArguments,
+    SamplingArguments,
+    load_model,
+    note,
+    working,
+)
 from gptoss_jax.errors import GptOssError
 
 HELP = """/effort low|medium|high   how long to reason
@@ -22,8 +29,8 @@ HELP = """/effort low|medium|high   how long to reason
 class Arguments:
     """Options of `gptoss chat`."""
 
-    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = ModelArguments()
-    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = SamplingArguments()
+    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ModelArguments)
+    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingArguments)
     effort: Effort = "medium"
     """Reasoning effort; /effort changes it."""
     max_new_tokens: int | None = None
@@ -96,6 +103,8 @@ def _command(line: str, chat, printer) -> None:
         note(f"reasoning is {'hidden' if printer.hide_reasoning else 'shown'}")
     elif name == "/history":
         for message in chat.history:
-            note(f"{message.role}{f' ({message.channel})' if message.channel else ''}: {message.content}")
+            note(
+                f"{message.role}{f' ({message.channel})' if message.channel else ''}: {message.content}"
+            )
     else:
         note(HELP)

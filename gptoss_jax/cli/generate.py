@@ -19,8 +19,8 @@ class Arguments:
 
     prompt: tyro.conf.Positional[str]
     """The question; - reads it from standard input."""
-    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = ModelArguments()
-    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = SamplingArguments()
+    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ModelArguments)
+    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingArguments)
     effort: Effort = "medium"
     """Reasoning effort."""
     max_new_tokens: int | None = None
@@ -66,7 +66,9 @@ def _schema(path: Path | None) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise GptOssError(f"{path} is not JSON (line {error.lineno}): give a file with a JSON schema") from None
+        raise GptOssError(
+            f"{path} is not JSON (line {error.lineno}): give a file with a JSON schema"
+        ) from None
 
 
 def _raw(arguments: Arguments, model, prompt: str, sampling) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class SamplingArguments:
         """The settings as gptoss_jax.Sampling."""
         from gptoss_jax.sampling import Sampling
 
-        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingArguments)}, **more)
+        return Sampling(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingArguments)}, **more
+        )
 
 
 def note(text: str) -> None:
@@ -80,7 +82,9 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
     """Loads the model that the options name; says so when it is the one in the box."""
     name = arguments.model or TINY
     if arguments.model is None and not quiet:
-        note("Using gpt-oss-tiny, the model in the package; --model openai/gpt-oss-20b for the real thing.")
+        note(
+            "Using gpt-oss-tiny, the model in the package; --model openai/gpt-oss-20b for the real thing."
+        )
     started = time.perf_counter()
     with working(f"loading {name}"):
         from gptoss_jax.engine import load

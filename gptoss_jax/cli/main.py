@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(verbs="\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())))
+        print(
+            USAGE.format(
+                verbs="\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+            )
+        )
         return 0 if argv else 2
     if argv[0] == "--version":
         from gptoss_jax import __version__
@@ -61,7 +65,9 @@ def _run(verb: str, argv: list[str]) -> int:
     module = importlib.import_module(VERBS[verb][0])
     import tyro
 
-    arguments = tyro.cli(module.Arguments, prog=f"gptoss {verb}", description=module.__doc__, args=argv)
+    arguments = tyro.cli(
+        module.Arguments, prog=f"gptoss {verb}", description=module.__doc__, args=argv
+    )
     return module.run(arguments) or 0
 
 

@@ -32,7 +32,9 @@ class Printer:
             self._write(f"{event.recipient} ", "cyan")
         elif isinstance(event, Delta) and not self._hidden(event.channel, event.recipient):
             self._write(event.text, _style(event.channel, event.recipient))
-        elif isinstance(event, MessageEnd) and not self._hidden(event.message.channel, event.message.recipient):
+        elif isinstance(event, MessageEnd) and not self._hidden(
+            event.message.channel, event.message.recipient
+        ):
             self._write("\n", None)
         elif isinstance(event, ToolResult):
             self._write(f"  = {event.text}\n", "cyan")

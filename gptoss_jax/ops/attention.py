@@ -95,7 +95,9 @@ def banded(
     def pairs(x, fill=0):
         """Keys that each block of queries sees: [B * count, 2 * window, ...]."""
         x = blocks(x, fill)
-        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(B * count, 2 * window, *x.shape[3:])
+        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(
+            B * count, 2 * window, *x.shape[3:]
+        )
 
     def fold(x, fill=0):
         return blocks(x, fill).reshape(B * count, window, *x.shape[2:])
@@ -123,16 +125,68 @@ def _visible(q_positions, k_positions, window):
 
 
 def _softmax_average(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, visible_BTS):
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, -jnp.inf)
+    B, T, K, G, H = q_BTKGH.shape
+    # Heads of a group are rows of one product: 2 to 3 times as fast on CPUs as five axes.
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+    out = _average(q_BKRH, keys, values, sinks_KG, visible_BTS)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def _average(q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS):
+    """Rows R are (group, query) pairs; the weights are made again for the gradient instead of being kept."""
+    return _average_forward(q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS)[0]
+
+
+def _scores(q_BKRH, k_BKSH, visible_BTS):
+    """float32 [B, K, G, T, S], -inf where a key is not visible."""
+    B, K, R, H = q_BKRH.shape
+    T, S = visible_BTS.shape[1:]
+    scores = (
+        jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    )
+    return jnp.where(visible_BTS[:, None, None], scores.reshape(B, K, R // T, T, S), -jnp.inf)
+
+
+def _average_forward(q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS):
+    scores = _scores(q_BKRH, k_BKSH, visible_BTS)
     sinks = sinks_KG[None, :, :, None, None]
     # The sink is finite, so that the largest is finite and rows without a key give 0, not NaN.
-    largest = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    largest = jnp.maximum(scores.max(-1, keepdims=True), sinks)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest)
-    weights = (weights / total).astype(v_BSKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=jnp.float32)
-    return out.astype(q_BTKGH.dtype)
+    weights = (weights / total).astype(v_BKSH.dtype).reshape(*q_BKRH.shape[:3], -1)
+    out = jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH, preferred_element_type=jnp.float32).astype(
+        q_BKRH.dtype
+    )
+    return out, (q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS, largest + jnp.log(total), out)
+
+
+def _average_backward(kept, d_out):
+    q, k, v, sinks_KG, visible_BTS, norm, out = kept
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    weights = jnp.exp(_scores(q, k, visible_BTS) - norm).reshape(*q.shape[:3], -1)
+    d_v = jnp.einsum(
+        "BKRS,BKRH->BKSH", weights.astype(dtype), d_out, preferred_element_type=jnp.float32
+    )
+    d_weights = jnp.einsum("BKRH,BKSH->BKRS", d_out, v, preferred_element_type=jnp.float32)
+    mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    d_scores = (weights * (d_weights - mean) * scale).astype(dtype)
+    d_q = jnp.einsum("BKRS,BKSH->BKRH", d_scores, k, preferred_element_type=jnp.float32)
+    d_k = jnp.einsum("BKRS,BKRH->BKSH", d_scores, q, preferred_element_type=jnp.float32)
+    share = jnp.exp(sinks_KG[None, :, :, None, None] - norm)
+    d_sinks = -(share * mean.reshape(norm.shape)).sum((0, 3, 4))
+    return (
+        d_q.astype(dtype),
+        d_k.astype(k.dtype),
+        d_v.astype(v.dtype),
+        d_sinks.astype(sinks_KG.dtype),
+        None,
+    )
+
+
+_average.defvjp(_average_forward, _average_backward)
 
 
 def _by_blocks(some, q_BTKGH, positions_BT, segments_BT):

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def linear(subscripts: str, x: Float[Array, "..."], weight: Float[Array, "..."], bias=None) -> Float[Array, "..."]:
+def linear(
+    subscripts: str, x: Float[Array, "..."], weight: Float[Array, "..."], bias=None
+) -> Float[Array, "..."]:
     """einsum(subscripts, x, weight) + bias, summed in float32.
 
     Args:

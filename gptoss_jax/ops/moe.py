@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.mxfp4 import MxTensor
 
-UNPACKED_LIMIT = 1 << 24  # weights unpacked at once (64 MB in float32); above it experts go one after another
+UNPACKED_LIMIT = (
+    1 << 24
+)  # weights unpacked at once (64 MB in float32); above it experts go one after another
 # Rows of one expert that share one unpacking in the grouped path: unpacking costs a CPU about as much as 25 rows.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 
@@ -17,7 +19,10 @@ Weight = MxTensor | jax.Array
 
 
 def route(
-    x_MD: Float[Array, "M D"], weight_ED: Float[Array, "E D"], bias_E: Float[Array, " E"], chosen: int
+    x_MD: Float[Array, "M D"],
+    weight_ED: Float[Array, "E D"],
+    bias_E: Float[Array, " E"],
+    chosen: int,
 ) -> tuple[Float[Array, "M X"], Int[Array, "M X"]]:
     """Chooses experts by the largest logits and weighs them by a softmax over the chosen ones.
 
@@ -39,7 +44,9 @@ def route(
         return jax.nn.softmax(top, axis=-1), experts.astype(jnp.int32)
 
 
-def swiglu(h_FP: Float[Array, "*batch F P"], alpha: float, limit: float) -> Float[Array, "*batch F"]:
+def swiglu(
+    h_FP: Float[Array, "*batch F P"], alpha: float, limit: float
+) -> Float[Array, "*batch F"]:
     """Clamped SwiGLU: g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = clip(up, -limit, limit).
 
     Source: openai/gpt-oss gpt_oss/torch/model.py swiglu.
@@ -90,7 +97,12 @@ def expert_mlp(
         h = jnp.einsum("bD,FPD->bFP", x_bD, gate_up, preferred_element_type=jnp.float32)
         h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
         act = swiglu(h, alpha, limit).astype(x_bD.dtype)
-        out = jnp.einsum("bF,DF->bD", act, _unpack(down_EDF[expert], x_bD.dtype), preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bF,DF->bD",
+            act,
+            _unpack(down_EDF[expert], x_bD.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return out + down_bias_ED[expert].astype(jnp.float32)[None]
 
     with jax.named_scope("expert_mlp"):
@@ -107,7 +119,9 @@ def expert_mlp(
         return out.sum(1).astype(x_MD.dtype)
 
 
-def group(experts_R: Int[Array, " R"], count: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def group(
+    experts_R: Int[Array, " R"], count: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sorts rows by expert into blocks of `block` slots, each of one expert; nothing is dropped, whatever the load.
 
     Args:
@@ -126,10 +140,16 @@ def group(experts_R: Int[Array, " R"], count: int, block: int) -> tuple[jax.Arra
     block_ends = jnp.cumsum(-(-loads // block))
     block_starts = block_ends - -(-loads // block)
     sorted_experts = experts_R[order]
-    sorted_slots = block_starts[sorted_experts] * block + jnp.arange(R, dtype=jnp.int32) - starts[sorted_experts]
+    sorted_slots = (
+        block_starts[sorted_experts] * block
+        + jnp.arange(R, dtype=jnp.int32)
+        - starts[sorted_experts]
+    )
     slots = jnp.zeros(R, jnp.int32).at[order].set(sorted_slots)
     empty = jnp.iinfo(jnp.int32).max
-    sources = jnp.full(blocks * block, empty, jnp.int32).at[sorted_slots].set(order.astype(jnp.int32))
+    sources = (
+        jnp.full(blocks * block, empty, jnp.int32).at[sorted_slots].set(order.astype(jnp.int32))
+    )
     block_experts = jnp.searchsorted(block_ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
     return slots, sources, jnp.minimum(block_experts, count - 1).astype(jnp.int32)
 

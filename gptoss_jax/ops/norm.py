@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*batch D"]:
     """x / sqrt(mean(x^2) + eps) * scale, in float32, cast back after the scale.
 
     Args:

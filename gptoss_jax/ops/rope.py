@@ -11,7 +11,12 @@ from jaxtyping import Array, Float, Int
 
 @functools.lru_cache
 def frequencies(
-    head_dim: int, theta: float, factor: float, beta_fast: float, beta_slow: float, original_context: int
+    head_dim: int,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_context: int,
 ) -> tuple[np.ndarray, float]:
     """Inverse frequencies and the concentration.
 
@@ -62,7 +67,9 @@ def rotation(
     return jnp.cos(angles) * concentration, jnp.sin(angles) * concentration
 
 
-def rotate(x: Float[Array, "B T n H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]) -> Float[Array, "B T n H"]:
+def rotate(
+    x: Float[Array, "B T n H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
+) -> Float[Array, "B T n H"]:
     """Rotates the first half of every head against the second (NeoX order), in float32.
 
     Args:
@@ -76,4 +83,6 @@ def rotate(x: Float[Array, "B T n H"], cos: Float[Array, "B T h"], sin: Float[Ar
     with jax.named_scope("rotate"):
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate(
+            [first * cos - second * sin, second * cos + first * sin], axis=-1
+        ).astype(x.dtype)
