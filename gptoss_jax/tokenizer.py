@@ -1,13 +1,16 @@
-"""Text to token ids and back: o200k_harmony from the bundled vocabulary, or a subset of it. No network, ever.
+"""Text to token ids and back: o200k_harmony from the bundled vocabulary, or a subset of it. No
+network, ever.
 
-Knows the vocabulary file, the control tokens' names, and how a pruned vocabulary is stored. Refuses to know what a
-conversation is: ordinary text goes in and out, and a control token's text inside it is ordinary text.
+Knows the vocabulary file, the control tokens' names, and how a pruned vocabulary is stored. Refuses
+to know what a conversation is: ordinary text goes in and out, and a control token's text inside it
+is ordinary text.
 
-A pruned vocabulary is a file `kept_tokens.txt` beside a checkpoint, one token a line in ascending order of its
-o200k_harmony id, so that the row number is the id in the pruned model and the order of BPE merges is kept. A line is
+A pruned vocabulary is a file `kept_tokens.txt` beside a checkpoint, one token a line in ascending
+order of its o200k_harmony id, so that the row number is the id in the pruned model and the order of
+BPE merges is kept. A line is
 
-    id <TAB> base64 of the token's bytes        (as `write_kept` writes it; a control token has its name instead)
-    id                                          (also read; then the 3.6 MB table is needed to load it)
+    id <TAB> base64 of the token's bytes        (or a control token's name; `write_kept`)
+    id                                          (also read, but needs the 3.6 MB table)
 
 The bytes are there so that a small model loads in milliseconds without the big table.
 """
@@ -50,11 +53,13 @@ HARMONY_SPECIALS = {
 
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # how surrogateescape spells bytes that are not UTF-8
 
-# o200k's split into words, digits by three, punctuation and space (tiktoken_ext/openai_public.py, o200k_base)
+# how o200k_base splits text first (tiktoken_ext/openai_public.py): words, digits by three, ...
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERN = "|".join(
     [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
         r"\s*[\r\n]+",
@@ -65,13 +70,17 @@ PATTERN = "|".join(
 
 
 class Tokenizer:
-    """One vocabulary: `ranks` (token bytes -> id) and `special` (control token's name -> id), ids without gaps.
+    """One vocabulary: `ranks` (token bytes -> id) and `special` (control token's name -> id), ids
+    without gaps.
 
-    `kept` holds the o200k_harmony id of each row of a pruned vocabulary and is None for the full one. Use
-    `load_tokenizer`. Every method that takes ids raises GptOssError for the first one outside the vocabulary.
+    `kept` holds the o200k_harmony id of each row of a pruned vocabulary and is None for the full
+    one. Use `load_tokenizer`. Every method that takes ids raises GptOssError for the first one
+    outside the vocabulary.
     """
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], kept: Sequence[int] | None = None):
+    def __init__(
+        self, ranks: dict[bytes, int], special: dict[str, int], kept: Sequence[int] | None = None
+    ):
         self.special = dict(special)
         self.vocab_size = len(ranks) + len(special)
         self.stop_ids = tuple(special[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>"))
@@ -89,7 +98,8 @@ class Tokenizer:
         return f"Tokenizer({self._encoding.name}, vocab_size={self.vocab_size})"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; `<|start|>` and its kind are spelled out, lone surrogates become U+FFFD."""
+        """Ids of ordinary text; `<|start|>` and its kind are spelled out, lone surrogates become
+        U+FFFD."""
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -101,26 +111,30 @@ class Tokenizer:
         return self._encoding.decode_bytes(self.check(ids))
 
     def check(self, ids: Iterable[int]) -> list[int]:
-        """The ids as a list of int, or a GptOssError that names the first one which is not in the vocabulary."""
+        """The ids as a list of int, or a GptOssError that names the first one which is not in the
+        vocabulary."""
         out = []
         for position, token in enumerate(ids):
             try:
                 value = index(token)
             except TypeError:
                 raise GptOssError(
-                    f"expected integer token ids, got {token!r} at position {position}: pass whole numbers from 0 to "
+                    f"expected integer token ids, got {token!r} at position {position}: pass whole "
+                    "numbers from 0 to "
                     f"{self.vocab_size - 1}"
                 ) from None
             if not 0 <= value < self.vocab_size:
                 raise GptOssError(
-                    f"token id {value} at position {position} is outside the vocabulary: use ids from 0 to "
+                    f"token id {value} at position {position} is outside the vocabulary: use ids "
+                    "from 0 to "
                     f"{self.vocab_size - 1}"
                 )
             out.append(value)
         return out
 
     def decoder(self) -> "Utf8Decoder":
-        """A fresh incremental decoder: feed(id) -> text that is complete by now, flush() -> the rest."""
+        """A fresh incremental decoder: feed(id) -> text that is complete by now, flush() -> the
+        rest."""
         return Utf8Decoder(self)
 
     def to_harmony(self, ids: Iterable[int]) -> list[int]:
@@ -129,9 +143,11 @@ class Tokenizer:
         return ids if self.kept is None else [self.kept[i] for i in ids]
 
     def from_harmony(self, ids: Iterable[int]) -> list[int]:
-        """o200k_harmony ids -> this vocabulary's ids: control tokens one for one, the text between them re-encoded.
+        """o200k_harmony ids -> this vocabulary's ids: control tokens one for one, the text between
+        them re-encoded.
 
-        The pruned result may be longer than the input. Raises GptOssError for a control token that was not kept.
+        The pruned result may be longer than the input. Raises GptOssError for a control token that
+        was not kept.
         """
         if self._compact is None:
             return self.check(ids)
@@ -147,8 +163,10 @@ class Tokenizer:
             stretch = []
             if token not in self._compact:
                 raise GptOssError(
-                    f"token id {token} at position {position} is not a control token of this pruned vocabulary: "
-                    f"expected an ordinary token (0 to {ORDINARY - 1}) or one of {sorted(self.special)}"
+                    f"token id {token} at position {position} is not a control token of this "
+                    "pruned vocabulary: "
+                    f"expected an ordinary token (0 to {ORDINARY - 1}) or one of "
+                    f"{sorted(self.special)}"
                 )
             out.append(self._compact[token])
         return out + self._encode_bytes(b"".join(stretch))
@@ -171,10 +189,14 @@ class Tokenizer:
         lines = _table()
         for row, full in enumerate(self.kept):
             if full < ORDINARY:
-                stored, true = self._encoding.decode_single_token_bytes(row), _token_bytes(lines, full)
+                stored, true = (
+                    self._encoding.decode_single_token_bytes(row),
+                    _token_bytes(lines, full),
+                )
                 if stored != true:
                     raise GptOssError(
-                        f"{KEPT_FILE}: row {row} says token {full} is {stored!r}, but o200k has {true!r}: "
+                        f"{KEPT_FILE}: row {row} says token {full} is {stored!r}, but o200k has "
+                        f"{true!r}: "
                         "write the file again with gptoss_jax.tokenizer.write_kept"
                     )
         self._checked = True
@@ -183,8 +205,8 @@ class Tokenizer:
 class Utf8Decoder:
     """Ids one by one -> text, holding back the first bytes of a character until the rest has come.
 
-    Bytes that can no longer become a character come out as U+FFFD, so the concatenation of everything fed and flushed
-    equals `Tokenizer.decode` of all ids.
+    Bytes that can no longer become a character come out as U+FFFD, so the concatenation of
+    everything fed and flushed equals `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -203,10 +225,12 @@ class Utf8Decoder:
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: pruned when it holds kept_tokens.txt, otherwise the full o200k_harmony.
+    """The tokenizer of a checkpoint folder: pruned when it holds kept_tokens.txt, otherwise the
+    full o200k_harmony.
 
-    The full one is made once (about 0.15 s) and shared; a pruned one of a few thousand tokens loads in milliseconds.
-    Raises GptOssError when the vocabulary file is not the expected one or kept_tokens.txt is malformed.
+    The full one is made once (about 0.15 s) and shared; a pruned one of a few thousand tokens loads
+    in milliseconds. Raises GptOssError when the vocabulary file is not the expected one or
+    kept_tokens.txt is malformed.
     """
     if path is not None and (file := Path(path) / KEPT_FILE).is_file():
         return _load_pruned(file)
@@ -216,10 +240,10 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
 def kept_ids(ids: Iterable[int], closed: bool = True) -> list[int]:
     """The o200k_harmony ids of a pruned vocabulary that covers `ids`, ascending.
 
-    Always added: the 256 single bytes (so that any text still encodes) and the nine harmony control tokens. `closed`
-    also adds every token that BPE passes through on its way to a kept one; with these, text whose full encoding uses
-    only kept tokens has exactly that encoding in the pruned vocabulary too (without them such a token is found only
-    where it is a whole word).
+    Always added: the 256 single bytes (so that any text still encodes) and the nine harmony control
+    tokens. `closed` also adds every token that BPE passes through on its way to a kept one; with
+    these, text whose full encoding uses only kept tokens has exactly that encoding in the pruned
+    vocabulary too (without them such a token is found only where it is a whole word).
     """
     lines = _table()
     kept = set(HARMONY_SPECIALS.values())
@@ -246,14 +270,17 @@ def write_kept(path: str | os.PathLike[str], ids: Iterable[int]) -> None:
     names = {token: name for name, token in _full_specials().items()}
     rows = []
     for token in ids:
-        rows.append(f"{token}\t{lines[token].split()[0].decode() if token < ORDINARY else names[token]}\n")
+        rows.append(
+            f"{token}\t{lines[token].split()[0].decode() if token < ORDINARY else names[token]}\n"
+        )
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     temporary.write_text("".join(rows), encoding="ascii")
     os.replace(temporary, path)
 
 
 def read_kept(path: str | os.PathLike[str]) -> list[int]:
-    """The ids in a kept-tokens file (any order, bytes optional): what `kept_ids` and --keep-tokens take."""
+    """The ids in a kept-tokens file (any order, bytes optional): what `kept_ids` and --keep-tokens
+    take."""
     return [token for token, _ in _read_rows(Path(path))]
 
 
@@ -263,7 +290,8 @@ def _read_rows(file: Path) -> list[tuple[int, str]]:
         token, _, rest = line.partition("\t")
         if not token.strip().isdecimal() or int(token) >= VOCAB_SIZE:
             raise GptOssError(
-                f"{file}, line {number}: expected an o200k_harmony id from 0 to {VOCAB_SIZE - 1}, optionally a tab and "
+                f"{file}, line {number}: expected an o200k_harmony id from 0 to {VOCAB_SIZE - 1}, "
+                "optionally a tab and "
                 f"the token's bytes in base64, got {line[:60]!r}"
             )
         rows.append((int(token), rest.strip()))
@@ -278,7 +306,9 @@ def _load_pruned(file: Path) -> Tokenizer:
     last = -1
     for row, (token, text) in enumerate(rows):
         if token <= last:
-            raise GptOssError(f"{file}, line {row + 1}: ids must ascend, got {token} after {last}: sort the file")
+            raise GptOssError(
+                f"{file}, line {row + 1}: ids must ascend, got {token} after {last}: sort the file"
+            )
         last = token
         if token >= ORDINARY:
             special[names.get(token, f"<|reserved_{token}|>")] = row
@@ -286,15 +316,20 @@ def _load_pruned(file: Path) -> Tokenizer:
         try:
             data = base64.b64decode(text, validate=True) if text else _token_bytes(_table(), token)
         except Base64Error:
-            raise GptOssError(f"{file}, line {row + 1}: {text[:60]!r} is not base64: write the file again") from None
+            raise GptOssError(
+                f"{file}, line {row + 1}: {text[:60]!r} is not base64: write the file again"
+            ) from None
         if data in ranks:
-            raise GptOssError(f"{file}, line {row + 1}: the bytes {data!r} come twice: write the file again")
+            raise GptOssError(
+                f"{file}, line {row + 1}: the bytes {data!r} come twice: write the file again"
+            )
         ranks[data] = row
     missing = [f"byte {byte}" for byte in range(256) if bytes([byte]) not in ranks]
     missing += [name for name in HARMONY_SPECIALS if name not in special]
     if missing:
         raise GptOssError(
-            f"{file} lacks {missing[0]} and {len(missing) - 1} more of the 256 bytes and the harmony control tokens: "
+            f"{file} lacks {missing[0]} and {len(missing) - 1} more of the 256 bytes and the "
+            "harmony control tokens: "
             "make the list with gptoss_jax.tokenizer.kept_ids"
         )
     return Tokenizer(ranks, special, kept=[token for token, _ in rows])
@@ -307,20 +342,26 @@ def _load_full() -> Tokenizer:
 
 def _full_specials() -> dict[str, int]:
     names = {token: name for name, token in HARMONY_SPECIALS.items()}
-    return {names.get(token, f"<|reserved_{token}|>"): token for token in range(ORDINARY, VOCAB_SIZE)}
+    return {
+        names.get(token, f"<|reserved_{token}|>"): token for token in range(ORDINARY, VOCAB_SIZE)
+    }
 
 
 @functools.cache
 def _table() -> list[bytes]:
-    """The vocabulary file's lines, `base64 id`, where line i is token i; checked against its sha256."""
+    """The vocabulary file's lines, `base64 id`, where line i is token i; checked against its
+    sha256."""
     try:
         data = VOCAB_FILE.read_bytes()
     except OSError as error:
-        raise GptOssError(f"cannot read the vocabulary {VOCAB_FILE}: {error.strerror}: install the package again") from None
+        raise GptOssError(
+            f"cannot read the vocabulary {VOCAB_FILE}: {error.strerror}: install the package again"
+        ) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != VOCAB_SHA256:
         raise GptOssError(
-            f"the vocabulary {VOCAB_FILE} has sha256 {digest}, expected {VOCAB_SHA256}: install the package again"
+            f"the vocabulary {VOCAB_FILE} has sha256 {digest}, expected {VOCAB_SHA256}: install "
+            "the package again"
         )
     return data.splitlines()
 
@@ -331,17 +372,21 @@ def _token_bytes(lines: list[bytes], token: int) -> bytes:
 
 @functools.cache
 def _ranks() -> dict[bytes, int]:
-    """Token bytes -> id of all 199,998 BPE tokens. Ids ascend without gaps in the file, so the line number is the id."""
+    """Token bytes -> id of all 199,998 BPE tokens. Ids ascend without gaps in the file, so the line
+    number is the id."""
     parts = b"\n".join(_table()).split()
     return dict(zip(map(a2b_base64, parts[::2]), range(len(parts) // 2), strict=True))
 
 
 def _last_merge(data: bytes, ranks: dict[bytes, int]) -> tuple[int, ...]:
-    """The two tokens whose merge makes the token `data` (BPE with all tokens of lower rank); () for a single byte."""
+    """The two tokens whose merge makes the token `data` (BPE with all tokens of lower rank); () for
+    a single byte."""
     limit = ranks[data]
     parts = [data[i : i + 1] for i in range(len(data))]
     while len(parts) > 2:
-        merges = [(ranks.get(a + b, limit), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        merges = [
+            (ranks.get(a + b, limit), i) for i, (a, b) in enumerate(itertools.pairwise(parts))
+        ]
         rank, i = min(merges)
         if rank >= limit:
             break

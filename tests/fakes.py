@@ -27,10 +27,11 @@ class Piece:
 
 
 class ScriptedModel:
-    """Replays given completions, one a call of `stream`, as the engine does: the stop token is in the last piece's stop.
+    """Replays given completions, one a call of `stream`, as the engine does: the stop token is in
+    the last piece's stop.
 
-    `scripts` are texts with control tokens by name. Records `prompts` and `settings`. Honours max_new_tokens and the
-    stop token ids of the sampling settings, as the engine would.
+    `scripts` are texts with control tokens by name. Records `prompts` and `settings`. Honours
+    max_new_tokens and the stop token ids of the sampling settings, as the engine would.
     """
 
     def __init__(self, *scripts: str, tokenizer: Tokenizer | None = None, piece: int = 3):

@@ -1,15 +1,17 @@
-"""The tolerant parser: the corpus of malformed outputs case by case, openai-harmony's own parser on good ones."""
+"""The tolerant parser: the corpus of malformed outputs case by case, openai-harmony's own parser on
+good ones."""
 
 import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gptoss_jax.chat import messages as m
 from gptoss_jax.chat.parse import Delta, MessageEnd, MessageStart, Parser, Stop, parse, well_formed
 from gptoss_jax.chat.render import harmony, render, render_training
 from gptoss_jax.tokenizer import HARMONY_SPECIALS, kept_ids, load_tokenizer, write_kept
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 FULL = load_tokenizer()
 PARTS = re.compile(r"(<\|[a-z_0-9]+\|>)")
@@ -26,7 +28,8 @@ def tokens(text, tokenizer=FULL):
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory):
-    """The smallest vocabulary: 256 bytes and the control tokens, so every character beyond ASCII is split."""
+    """The smallest vocabulary: 256 bytes and the control tokens, so every character beyond ASCII is
+    split."""
     folder = tmp_path_factory.mktemp("bytes")
     write_kept(folder / "kept_tokens.txt", kept_ids([]))
     return load_tokenizer(folder)
@@ -53,7 +56,13 @@ CORPUS = [
     ("stray text is the answer", f"{A}hm{E}hi{R}", [THOUGHT, ANSWER], R, None),
     ("stray text after the answer", f"{F}hi{E}more words{R}", [ANSWER], R, ["stray text"]),
     ("no start", f"{A}hm{E}{F}hi{R}", [THOUGHT, ANSWER], R, ["missing <|start|>"]),
-    ("role but no start", f"{A}hm{E}assistant{F}hi{R}", [THOUGHT, ANSWER], R, ["missing <|start|>"]),
+    (
+        "role but no start",
+        f"{A}hm{E}assistant{F}hi{R}",
+        [THOUGHT, ANSWER],
+        R,
+        ["missing <|start|>"],
+    ),
     ("no end", f"{A}hm{F}hi{R}", [THOUGHT, ANSWER], R, None),
     ("no end, but start", f"{A}hm{S}{F}hi{R}", [THOUGHT, ANSWER], R, ["<|start|> inside content"]),
     ("message twice", f"{F}<|message|>hi{R}", [ANSWER], R, ["<|message|> inside content"]),
@@ -68,9 +77,27 @@ CORPUS = [
         R,
         None,
     ),
-    ("final json without message", f'<|channel|>final json{{"a":1}}{R}', [("final", None, '{"a":1}')], R, None),
-    ("final constrained without message", f"<|channel|>final <|constrain|>json[1]{R}", [("final", None, "[1]")], R, None),
-    ("analysis without message", f"<|channel|>analysis hm{E}{S}{F}hi{R}", [THOUGHT, ANSWER], R, None),
+    (
+        "final json without message",
+        f'<|channel|>final json{{"a":1}}{R}',
+        [("final", None, '{"a":1}')],
+        R,
+        None,
+    ),
+    (
+        "final constrained without message",
+        f"<|channel|>final <|constrain|>json[1]{R}",
+        [("final", None, "[1]")],
+        R,
+        None,
+    ),
+    (
+        "analysis without message",
+        f"<|channel|>analysis hm{E}{S}{F}hi{R}",
+        [THOUGHT, ANSWER],
+        R,
+        None,
+    ),
     ("channel alone", f"<|channel|>final{R}", [], R, None),
     ("refusal alone", f"I'm sorry, I can't.{R}", [("final", None, "I'm sorry, I can't.")], R, None),
     (
@@ -80,15 +107,45 @@ CORPUS = [
         R,
         ["text without header"],
     ),
-    ("refusal after start", f"{A}hm{E}{S}I'm sorry.{R}", [THOUGHT, ("final", None, "I'm sorry.")], R, None),
-    ("refusal before channel", f"I'm sorry.{F}hi{R}", [("final", None, "I'm sorry."), ANSWER], R, None),
+    (
+        "refusal after start",
+        f"{A}hm{E}{S}I'm sorry.{R}",
+        [THOUGHT, ("final", None, "I'm sorry.")],
+        R,
+        None,
+    ),
+    (
+        "refusal before channel",
+        f"I'm sorry.{F}hi{R}",
+        [("final", None, "I'm sorry."), ANSWER],
+        R,
+        None,
+    ),
     ("one word", f"42{R}", [("final", None, "42")], R, None),
     ("role alone", f"{A}hm{E}{S}{R}", [THOUGHT], R, None),
-    ("commentary?", f"<|channel|>commentary?<|message|>hi{E}{S}{F}hi{R}", [("commentary", None, "hi"), ANSWER], R, None),
+    (
+        "commentary?",
+        f"<|channel|>commentary?<|message|>hi{E}{S}{F}hi{R}",
+        [("commentary", None, "hi"), ANSWER],
+        R,
+        None,
+    ),
     ("comment", f"<|channel|>comment to={CALL}{ARGS}{C}", [CALLED], C, ["channel"]),
-    ("thinking", f"<|channel|>thinking<|message|>hm{E}{S}{F}hi{R}", [THOUGHT, ANSWER], R, ["channel"]),
+    (
+        "thinking",
+        f"<|channel|>thinking<|message|>hm{E}{S}{F}hi{R}",
+        [THOUGHT, ANSWER],
+        R,
+        ["channel"],
+    ),
     ("unknown channel", f"<|channel|>reply<|message|>hi{R}", [ANSWER], R, ["channel"]),
-    ("channel in the role", f"{A}hm{E}{S}final<|message|>hi{R}", [THOUGHT, ANSWER], R, ["channel without marker"]),
+    (
+        "channel in the role",
+        f"{A}hm{E}{S}final<|message|>hi{R}",
+        [THOUGHT, ANSWER],
+        R,
+        ["channel without marker"],
+    ),
     (
         "to=assistant, two channels",
         f"<|channel|>commentary to=assistant<|channel|>commentary<|message|>hi{E}{S}{F}hi{R}",
@@ -98,10 +155,22 @@ CORPUS = [
     ),
     ("recipient in the channel", f"<|channel|>commentary to={CALL}{ARGS}{C}", [CALLED], C, []),
     ("recipient in the role", f" to={CALL}<|channel|>commentary{ARGS}{C}", [CALLED], C, []),
-    ("recipient without to=", f"{CALL}<|channel|>commentary{ARGS}{C}", [CALLED], C, ["recipient without to="]),
+    (
+        "recipient without to=",
+        f"{CALL}<|channel|>commentary{ARGS}{C}",
+        [CALLED],
+        C,
+        ["recipient without to="],
+    ),
     ("bare recipient", f"<|channel|>commentary to=calc{ARGS}{C}", [CALLED], C, ["recipient"]),
     ("function.", f"<|channel|>commentary to=function.calc{ARGS}{C}", [CALLED], C, ["recipient"]),
-    ("twice functions.", f"<|channel|>commentary to=functions.{CALL}{ARGS}{C}", [CALLED], C, ["recipient"]),
+    (
+        "twice functions.",
+        f"<|channel|>commentary to=functions.{CALL}{ARGS}{C}",
+        [CALLED],
+        C,
+        ["recipient"],
+    ),
     (
         "dotted recipient",
         f"<|channel|>commentary to=functions.a.b{ARGS}{C}",
@@ -109,20 +178,57 @@ CORPUS = [
         C,
         [],
     ),
-    ("python", f"<|channel|>analysis to=python code<|message|>1+1{C}", [("analysis", "python", "1+1")], C, []),
-    ("browser", f"<|channel|>analysis to=browser.open{ARGS}{C}", [("analysis", "browser.open", '{"a":1}')], C, []),
+    (
+        "python",
+        f"<|channel|>analysis to=python code<|message|>1+1{C}",
+        [("analysis", "python", "1+1")],
+        C,
+        [],
+    ),
+    (
+        "browser",
+        f"<|channel|>analysis to=browser.open{ARGS}{C}",
+        [("analysis", "browser.open", '{"a":1}')],
+        C,
+        [],
+    ),
     ("call on analysis", f"<|channel|>analysis to={CALL}{ARGS}{C}", [CALLED], C, ["channel"]),
     ("call on final", f"<|channel|>final to={CALL}{ARGS}{C}", [CALLED], C, ["channel"]),
     ("call without channel", f" to={CALL}{ARGS}{C}", [CALLED], C, ["channel"]),
     ("call ends with return", f"<|channel|>commentary to={CALL}{ARGS}{R}", [CALLED], R, []),
-    ("call ends with end", f"<|channel|>commentary to={CALL}{ARGS}{E}{S}{F}hi{R}", [CALLED, ANSWER], R, []),
-    ("call without message", f"<|channel|>commentary to=functions.now{C}", [("commentary", "functions.now", "")], C, None),
+    (
+        "call ends with end",
+        f"<|channel|>commentary to={CALL}{ARGS}{E}{S}{F}hi{R}",
+        [CALLED, ANSWER],
+        R,
+        [],
+    ),
+    (
+        "call without message",
+        f"<|channel|>commentary to=functions.now{C}",
+        [("commentary", "functions.now", "")],
+        C,
+        None,
+    ),
     ("call header ends with return", f"<|channel|>commentary to=functions.now{R}", [], R, None),
-    ("code, not json", f"<|channel|>commentary to={CALL} code<|message|>1+1{C}", [("commentary", CALL, "1+1")], C, []),
-    ("other role", f"{F}hi{E}<|start|>user<|message|>ok{E}{S}{F}2{R}", [ANSWER, ("final", None, "2")], R, None),
+    (
+        "code, not json",
+        f"<|channel|>commentary to={CALL} code<|message|>1+1{C}",
+        [("commentary", CALL, "1+1")],
+        C,
+        [],
+    ),
+    (
+        "other role",
+        f"{F}hi{E}<|start|>user<|message|>ok{E}{S}{F}2{R}",
+        [ANSWER, ("final", None, "2")],
+        R,
+        None,
+    ),
     (
         "invented result",
-        f"<|channel|>commentary to={CALL}{ARGS}{E}<|start|>{CALL} to=assistant<|channel|>commentary<|message|>9{E}"
+        f"<|channel|>commentary to={CALL}{ARGS}{E}<|start|>{CALL} "
+        f"to=assistant<|channel|>commentary<|message|>9{E}"
         f"{S}{F}hi{R}",
         [CALLED, ANSWER],
         R,
@@ -130,19 +236,39 @@ CORPUS = [
     ),
     ("return in a header", f"{A}hm{E}{S}<|channel|>fi{R}", [THOUGHT], R, None),
     ("endoftext", f"{A}hm{E}{S}{F}hi<|endoftext|>", [THOUGHT, ANSWER], "<|endoftext|>", []),
-    ("endoftext in a header", f"{A}hm{E}{S}<|channel|><|endoftext|>", [THOUGHT], "<|endoftext|>", None),
+    (
+        "endoftext in a header",
+        f"{A}hm{E}{S}<|channel|><|endoftext|>",
+        [THOUGHT],
+        "<|endoftext|>",
+        None,
+    ),
     ("cut in content", f"{A}hm", [THOUGHT], None, []),
     ("cut in a header", f"{A}hm{E}{S}<|channel|>fin", [THOUGHT], None, None),
-    ("cut in a recipient", f"<|channel|>commentary to=functions.ca", [], None, None),
+    ("cut in a recipient", "<|channel|>commentary to=functions.ca", [], None, None),
     ("nothing", "", [], None, []),
     ("stop at once", R, [], R, None),
     ("text after the stop", f"{F}hi{R}more", [ANSWER], R, ["token after the stop"]),
-    ("long header", f"<|channel|>final {'x ' * 200}{R}", [("final", None, "x " * 200)], R, ["header too long"]),
-    ("long refusal", f"{'No way. ' * 50}{R}", [("final", None, "No way. " * 50)], R, ["header too long"]),
+    (
+        "long header",
+        f"<|channel|>final {'x ' * 200}{R}",
+        [("final", None, "x " * 200)],
+        R,
+        ["header too long"],
+    ),
+    (
+        "long refusal",
+        f"{'No way. ' * 50}{R}",
+        [("final", None, "No way. " * 50)],
+        R,
+        ["header too long"],
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, text, expected, stop, repairs", CORPUS, ids=[case[0] for case in CORPUS])
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "stop", "repairs"), CORPUS, ids=[case[0] for case in CORPUS]
+)
 def test_malformed_output_has_its_outcome(name, text, expected, stop, repairs, bytewise):
     for tokenizer in (FULL, bytewise):
         if "reserved" in text and tokenizer is bytewise:
@@ -206,7 +332,13 @@ def test_characters_split_over_tokens_come_whole(bytewise):
     half = tokens(F, bytewise) + bytewise.encode("é")[:1] + tokens(f"{R}", bytewise)
     assert short(parse(half, bytewise).messages) == [("final", None, "\ufffd")]
     split = bytewise.encode("é")
-    between = tokens(A, bytewise) + split[:1] + tokens(f"{E}{S}{F}", bytewise) + split[1:] + tokens(R, bytewise)
+    between = (
+        tokens(A, bytewise)
+        + split[:1]
+        + tokens(f"{E}{S}{F}", bytewise)
+        + split[1:]
+        + tokens(R, bytewise)
+    )
     assert [x.content for x in parse(between, bytewise).messages] == ["\ufffd", "\ufffd"]
 
 
@@ -231,10 +363,24 @@ def test_events_in_order():
 CONTROL = [FULL.special[name] for name in HARMONY_SPECIALS] + [FULL.special["<|reserved_200013|>"]]
 WORDS = [
     token
-    for text in (" assistant", "assistant", "analysis", "final", "commentary", " to", "=functions", ".calc", "{", "user")
+    for text in (
+        " assistant",
+        "assistant",
+        "analysis",
+        "final",
+        "commentary",
+        " to",
+        "=functions",
+        ".calc",
+        "{",
+        "user",
+    )
     for token in FULL.encode(text)
 ]
-anything = st.lists(st.one_of(st.sampled_from(CONTROL), st.sampled_from(WORDS), st.integers(-5, 201_100)), max_size=40)
+anything = st.lists(
+    st.one_of(st.sampled_from(CONTROL), st.sampled_from(WORDS), st.integers(-5, 201_100)),
+    max_size=40,
+)
 
 
 @given(anything)
@@ -267,7 +413,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 texts = st.one_of(text, st.sampled_from(list(HARMONY_SPECIALS)).map(lambda s: f"a{s}b"))
 thoughts = st.lists(st.one_of(texts.map(m.analysis), texts.map(m.preamble)), max_size=3)
 calls = st.builds(m.call, names, st.dictionaries(texts, texts, max_size=2))
-turns = st.tuples(thoughts, st.one_of(calls, texts.map(m.final))).map(lambda pair: [*pair[0], pair[1]])
+turns = st.tuples(thoughts, st.one_of(calls, texts.map(m.final))).map(
+    lambda pair: [*pair[0], pair[1]]
+)
 
 
 def emitted(turn, tokenizer):

@@ -1,4 +1,5 @@
-"""Chat over a scripted model: history, the tool loop, effort, interruptions. The script stands in for the weights."""
+"""Chat over a scripted model: history, the tool loop, effort, interruptions. The script stands in
+for the weights."""
 
 import dataclasses
 import json
@@ -6,6 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 from fakes import ScriptedModel
+
 from gptoss_jax.chat import Chat, Tool
 from gptoss_jax.chat import messages as m
 from gptoss_jax.chat.functions import call_function, tool_from_function
@@ -18,12 +20,17 @@ THINK = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>{}<|return|>"
 WEATHER = {
     "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
 }
 
 
 def call_text(name, arguments):
-    return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+    return (
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+    )
 
 
 def add(a: int, b: int) -> int:
@@ -43,7 +50,9 @@ def test_reply_has_its_parts():
     assert reply.messages == [m.analysis("hm"), m.final("hi")]
     assert chat.history == [m.user("hello"), *reply.messages]
     assert reply.prompt_tokens == len(model.prompts[0])
-    assert reply.completion_tokens == 12  # channel analysis message hm end start assistant, channel final message hi return
+    assert (
+        reply.completion_tokens == 12
+    )  # channel analysis message hm end start assistant, channel final message hi return
     assert reply.repairs == []
 
 
@@ -73,7 +82,9 @@ def test_effort_changes_between_turns():
     chat.send("b")
     assert ["Reasoning: low" in p for p in prompts(model)] == [True, False]
     assert "Reasoning: high" in prompts(model)[1]
-    with pytest.raises(GptOssError, match=r"^unknown reasoning effort 'max': use low, medium or high$"):
+    with pytest.raises(
+        GptOssError, match=r"^unknown reasoning effort 'max': use low, medium or high$"
+    ):
         chat.reasoning_effort = "max"
     assert chat.reasoning_effort == "high"
 
@@ -84,11 +95,16 @@ def test_a_function_is_run_and_its_result_fed_back():
     reply = chat.send("2+3?")
     assert reply.final == "5"
     assert reply.messages[2] == m.result("add", "5")
-    assert "// Adds two numbers.\ntype add = (_: {\na: number,\nb: number,\n}) => any;" in prompts(model)[0]
+    assert (
+        "// Adds two numbers.\ntype add = (_: {\na: number,\nb: number,\n}) => any;"
+        in prompts(model)[0]
+    )
     # an unfinished tool loop keeps its reasoning
     assert prompts(model)[1].endswith(
-        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.add<|channel|>commentary "
-        '<|constrain|>json<|message|>{"a": 2, "b": 3}<|call|><|start|>functions.add to=assistant<|channel|>commentary'
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant "
+        "to=functions.add<|channel|>commentary "
+        '<|constrain|>json<|message|>{"a": 2, "b": 3}<|call|><|start|>functions.add '
+        "to=assistant<|channel|>commentary"
         "<|message|>5<|end|><|start|>assistant"
     )
 
@@ -97,8 +113,17 @@ def test_failures_of_a_function_are_told_to_the_model():
     def divide(a: float, b: float) -> float:
         return a / b
 
-    scripts = ['{"a": 1, "b": 0}', '{"a": 1', '{"a": 1}', "[1, 2]", '{"a": 1, "b": 2, "c": 3}', '{"a": "x", "b": 1}']
-    model = ScriptedModel(*[call_text("divide", script) for script in scripts], FINAL.format("sorry"))
+    scripts = [
+        '{"a": 1, "b": 0}',
+        '{"a": 1',
+        '{"a": 1}',
+        "[1, 2]",
+        '{"a": 1, "b": 2, "c": 3}',
+        '{"a": "x", "b": 1}',
+    ]
+    model = ScriptedModel(
+        *[call_text("divide", script) for script in scripts], FINAL.format("sorry")
+    )
     reply = Chat(model, tools=[divide], date=DAY).send("1/0?")
     results = [message.content for message in reply.messages if message.role == "tool"]
     assert results[0] == "error: ZeroDivisionError: float division by zero"
@@ -133,7 +158,10 @@ def test_a_tool_that_was_not_enabled_never_runs():
     assert reply.final == "no"
     model = ScriptedModel(call_text("add", '{"a": 1, "b": 1}'), FINAL.format("2"))
     reply = Chat(model, date=DAY).send("?")
-    assert reply.messages[1].content == "error: there is no tool functions.add; there are no tools, answer without"
+    assert (
+        reply.messages[1].content
+        == "error: there is no tool functions.add; there are no tools, answer without"
+    )
 
 
 def test_described_tools_are_handed_back():
@@ -142,8 +170,12 @@ def test_described_tools_are_handed_back():
     reply = chat.send("Oslo?")
     assert reply.finish_reason == "tool_calls"
     (call,) = reply.tool_calls
-    assert (call.name, call.arguments, call.parsed) == ("weather", '{"city": "Oslo"}', {"city": "Oslo"})
-    with pytest.raises(GptOssError, match="calls of weather wait for results"):
+    assert (call.name, call.arguments, call.parsed) == (
+        "weather",
+        '{"city": "Oslo"}',
+        {"city": "Oslo"},
+    )
+    with pytest.raises(GptOssError, match=r"calls of weather wait for results"):
         chat.send("hello?")
     with pytest.raises(GptOssError, match="expected results for the calls"):
         chat.send_tool_results({"other": 1})
@@ -174,13 +206,21 @@ def test_endless_calls_end():
 
 
 def test_stream_is_the_reply_in_parts():
-    model = ScriptedModel(THINK + call_text("add", '{"a": 1, "b": 2}'), FINAL.format("It is 3."), piece=1)
+    model = ScriptedModel(
+        THINK + call_text("add", '{"a": 1, "b": 2}'), FINAL.format("It is 3."), piece=1
+    )
     events = list(Chat(model, tools=[add], date=DAY).stream("?"))
     reply = events[-1]
     assert isinstance(reply, Reply)
     assert [event.text for event in events if isinstance(event, ToolResult)] == ["3"]
-    for channel, text in (("final", "It is 3."), ("analysis", "hm"), ("commentary", '{"a": 1, "b": 2}')):
-        assert "".join(e.text for e in events if isinstance(e, Delta) and e.channel == channel) == text
+    for channel, text in (
+        ("final", "It is 3."),
+        ("analysis", "hm"),
+        ("commentary", '{"a": 1, "b": 2}'),
+    ):
+        assert (
+            "".join(e.text for e in events if isinstance(e, Delta) and e.channel == channel) == text
+        )
 
 
 def test_a_cut_reply_says_so():
@@ -196,7 +236,10 @@ def test_a_cut_reply_says_so():
 def test_malformed_output_is_reported_not_raised():
     model = ScriptedModel(THINK + "I cannot help.<|return|>")
     reply = Chat(model, date=DAY).send("?")
-    assert (reply.final, reply.repairs) == ("I cannot help.", ["<|return|> in a header", "text without header"])
+    assert (reply.final, reply.repairs) == (
+        "I cannot help.",
+        ["<|return|> in a header", "text without header"],
+    )
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came():
@@ -241,7 +284,10 @@ def test_response_format_and_instructions_reach_the_prompt():
     model = ScriptedModel('<|channel|>final <|constrain|>json<|message|>{"a": 1}<|return|>')
     chat = Chat(model, date=DAY, instructions="Be brief.", response_format={"type": "object"})
     assert json.loads(chat.send("?").final) == {"a": 1}
-    wanted = "# Instructions\n\nBe brief.\n\n# Response Formats\n\n## response\n\n" + '{"type":"object"}<|end|>'
+    wanted = (
+        "# Instructions\n\nBe brief.\n\n# Response Formats\n\n## response\n\n"
+        + '{"type":"object"}<|end|>'
+    )
     assert wanted in prompts(model)[0]
 
 
@@ -253,7 +299,7 @@ def test_messages_of_other_roles_may_be_sent():
 
 @pytest.mark.parametrize("message", ["", []])
 def test_an_empty_message_is_refused(message):
-    with pytest.raises(GptOssError, match="^the message is empty: write something$"):
+    with pytest.raises(GptOssError, match=r"^the message is empty: write something$"):
         Chat(ScriptedModel(), date=DAY).send(message)
 
 
@@ -291,7 +337,10 @@ def test_schema_of_a_function():
     assert properties["kind"]["enum"] == ["news", "web"]
     assert "description" not in properties["limit"]
     assert tool.parameters["required"] == ["query", "place"]
-    assert call_function(search, '{"query": "é", "place": {"city": "Oslo"}}') == '{"q": "é", "where": "no"}'
+    assert (
+        call_function(search, '{"query": "é", "place": {"city": "Oslo"}}')
+        == '{"q": "é", "where": "no"}'
+    )
 
 
 def test_functions_that_cannot_be_tools():

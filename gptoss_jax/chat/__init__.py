@@ -1,4 +1,5 @@
-"""Conversations in the harmony format: messages, rendering, tolerant parsing, the Chat session. Names load lazily."""
+"""Conversations in the harmony format: messages, rendering, tolerant parsing, the Chat session.
+Names load lazily."""
 
 import importlib
 

@@ -1,7 +1,9 @@
-"""Python functions as tools: the schema from type hints and docstring, and the call with the model's arguments.
+"""Python functions as tools: the schema from type hints and docstring, and the call with the
+model's arguments.
 
-Knows signatures (through pydantic). Refuses to know conversations. What the model sends is untrusted: arguments are
-checked against the type hints before the function sees them, and every failure becomes text for the model.
+Knows signatures (through pydantic). Refuses to know conversations. What the model sends is
+untrusted: arguments are checked against the type hints before the function sees them, and every
+failure becomes text for the model.
 """
 
 import inspect
@@ -17,10 +19,11 @@ _ARGUMENT = re.compile(r"(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
 
 
 def tool_from_function(function: Callable[..., Any]) -> Tool:
-    """The Tool of a function: its name, its docstring's text before `Args:`, a JSON schema of its typed parameters.
+    """The Tool of a function: its name, its docstring's text before `Args:`, a JSON schema of its
+    typed parameters.
 
-    Descriptions of parameters are read from the docstring's `Args:` (Google style). Raises GptOssError for a coroutine
-    function, *args, **kwargs, or a type that has no JSON schema.
+    Descriptions of parameters are read from the docstring's `Args:` (Google style). Raises
+    GptOssError for a coroutine function, *args, **kwargs, or a type that has no JSON schema.
     """
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
@@ -35,12 +38,17 @@ def tool_from_function(function: Callable[..., Any]) -> Tool:
         raise GptOssError(f"tool {name} is a coroutine function: give a plain function")
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise GptOssError(f"tool {name}: parameter {parameter} cannot be given by name: use plain named parameters")
+            raise GptOssError(
+                f"tool {name}: parameter {parameter} cannot be given by name: use plain named "
+                "parameters"
+            )
     try:
         schema = TypeAdapter(function).json_schema(schema_generator=Untitled)
     except (PydanticUserError, NameError) as error:
         first = str(error).splitlines()[0]
-        raise GptOssError(f"tool {name}: its type hints have no JSON schema ({first}): use plain types") from None
+        raise GptOssError(
+            f"tool {name}: its type hints have no JSON schema ({first}): use plain types"
+        ) from None
     description, arguments = _read_docstring(inspect.getdoc(function) or "")
     for key, text in arguments.items():
         if key in schema.get("properties", {}):
@@ -49,9 +57,11 @@ def tool_from_function(function: Callable[..., Any]) -> Tool:
 
 
 def call_function(function: Callable[..., Any], arguments: str) -> str:
-    """Calls the function with JSON arguments; returns its result (a string as it is, the rest as JSON).
+    """Calls the function with JSON arguments; returns its result (a string as it is, the rest as
+    JSON).
 
-    Whatever goes wrong comes back as text that starts with `error:`: no JSON, arguments that do not fit, an exception.
+    Whatever goes wrong comes back as text that starts with `error:`: no JSON, arguments that do not
+    fit, an exception.
     """
     from pydantic import TypeAdapter, ValidationError
     from pydantic_core import ArgsKwargs
@@ -61,7 +71,10 @@ def call_function(function: Callable[..., Any], arguments: str) -> str:
     except (ValueError, RecursionError) as error:
         return f"error: the arguments are not JSON ({error}); send one JSON object"
     if not isinstance(given, dict):
-        return "error: the arguments are not a JSON object; send one JSON object with the parameters' names"
+        return (
+            "error: the arguments are not a JSON object; send one JSON object with the "
+            "parameters' names"
+        )
     try:
         value = TypeAdapter(function).validate_python(ArgsKwargs((), given))
     except ValidationError as error:

@@ -1,7 +1,8 @@
-"""What a message header says, well-formed or not: role, channel, recipient, content type, and text that is none of them.
+"""What a message header says, well-formed or not: role, channel, recipient, content type, and text
+that is none of them.
 
-Works on the header's text, already cut at its control tokens. Knows the spellings that gpt-oss is seen to produce.
-Refuses to know token ids and where the header stood in the stream.
+Works on the header's text, already cut at its control tokens. Knows the spellings that gpt-oss is
+seen to produce. Refuses to know token ids and where the header stood in the stream.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ _THOUGHT = ("analy", "think", "thought", "reason")
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A header read: `text` is what fits nowhere (the content, if `<|message|>` never comes); `repairs` says what was odd."""
+    """A header read: `text` is what fits nowhere (the content, if `<|message|>` never comes);
+    `repairs` says what was odd."""
 
     channel: str
     recipient: str | None
@@ -32,11 +34,17 @@ class Header:
 
 
 def read_header(
-    role: str, channels: Sequence[str], constrain: str | None, functions: Collection[str], first: bool
+    role: str,
+    channels: Sequence[str],
+    constrain: str | None,
+    functions: Collection[str],
+    first: bool,
 ) -> Header:
-    """Reads the text before `<|channel|>`, the texts after each `<|channel|>`, and the text after `<|constrain|>`.
+    """Reads the text before `<|channel|>`, the texts after each `<|channel|>`, and the text after
+    `<|constrain|>`.
 
-    `first` says that the prompt has already given the role; `functions` are the names that a bare recipient may mean.
+    `first` says that the prompt has already given the role; `functions` are the names that a bare
+    recipient may mean.
     """
     repairs = []
     word, address = _take_recipient(without_role(role))
@@ -62,7 +70,9 @@ def read_header(
     if name is None and word in CHANNELS:
         name, text = word, ""
         repairs.append("channel without marker")
-    foreign = not first and (word in ROLES[1:] or (address == "assistant" and bool(word) and word not in ROLES))
+    foreign = not first and (
+        word in ROLES[1:] or (address == "assistant" and bool(word) and word not in ROLES)
+    )
     if address is None and not foreign and (word.startswith("functions.") or word in functions):
         address = word
         repairs.append("recipient without to=")
@@ -81,7 +91,8 @@ def without_role(text: str) -> str:
 
 
 def is_prose(role: str) -> bool:
-    """Is the text before the first marker an answer rather than a role: two words or more besides `to=`?"""
+    """Is the text before the first marker an answer rather than a role: two words or more besides
+    `to=`?"""
     return len(_TO.sub(" ", without_role(role)).split()) > 1
 
 
@@ -96,7 +107,8 @@ def _take_recipient(text: str) -> tuple[str, str | None]:
 
 
 def _recipient(address: str | None, functions: Collection[str]) -> str | None:
-    """`functions.NAME` for every spelling of a function, a built-in tool's name as it is, None for nobody."""
+    """`functions.NAME` for every spelling of a function, a built-in tool's name as it is, None for
+    nobody."""
     if address is None:
         return None
     name = re.sub("[:/]", ".", address).strip(".")

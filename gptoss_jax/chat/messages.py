@@ -1,9 +1,11 @@
-"""What a conversation is: messages, tools, response format and settings, and how OpenAI-style dicts become them.
+"""What a conversation is: messages, tools, response format and settings, and how OpenAI-style dicts
+become them.
 
 Knows roles, channels and what clients may set. Refuses to know tokens, generation and HTTP.
 
-Channels of the assistant: `analysis` (reasoning), `commentary` (tool calls, and preambles that the user sees), `final`
-(the answer). A call has the recipient `functions.NAME`; its result is a tool message named `functions.NAME`.
+Channels of the assistant: `analysis` (reasoning), `commentary` (tool calls, and preambles that the
+user sees), `final` (the answer). A call has the recipient `functions.NAME`; its result is a tool
+message named `functions.NAME`.
 """
 
 import dataclasses
@@ -26,10 +28,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One harmony message. `recipient` and `content_type` are for the assistant's calls, `name` for tool results.
+    """One harmony message. `recipient` and `content_type` are for the assistant's calls, `name` for
+    tool results.
 
-    `content_type` is `<|constrain|>json` for a call with JSON arguments. Messages of clients are made by `from_openai`,
-    which never sets recipient, channel or content type from what the client wrote there.
+    `content_type` is `<|constrain|>json` for a call with JSON arguments. Messages of clients are
+    made by `from_openai`, which never sets recipient, channel or content type from what the client
+    wrote there.
     """
 
     role: str
@@ -65,10 +69,13 @@ def preamble(text: str) -> Message:
 
 
 def call(function: str, arguments: str | Mapping[str, Any]) -> Message:
-    """The assistant calls a function; `arguments` is JSON text, or a mapping to be written as JSON."""
+    """The assistant calls a function; `arguments` is JSON text, or a mapping to be written as
+    JSON."""
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     recipient = f"functions.{check_name(function)}"
-    return Message("assistant", text, channel="commentary", recipient=recipient, content_type=CONSTRAIN_JSON)
+    return Message(
+        "assistant", text, channel="commentary", recipient=recipient, content_type=CONSTRAIN_JSON
+    )
 
 
 def result(function: str, text: str) -> Message:
@@ -84,7 +91,8 @@ def final(text: str) -> Message:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A function the model may call: `parameters` is a JSON schema of type object, or None for no arguments."""
+    """A function the model may call: `parameters` is a JSON schema of type object, or None for no
+    arguments."""
 
     name: str
     description: str = ""
@@ -94,13 +102,15 @@ class Tool:
         check_name(self.name)
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise GptOssError(
-                f"tool {self.name}: parameters must be a JSON schema (an object), got {self.parameters!r}"
+                f"tool {self.name}: parameters must be a JSON schema (an object), got "
+                f"{self.parameters!r}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseFormat:
-    """The JSON schema of the final answer. It is shown to the model; enforcing it needs a grammar as well."""
+    """The JSON schema of the final answer. It is shown to the model; enforcing it needs a grammar
+    as well."""
 
     schema: Mapping[str, Any]
     name: str = "response"
@@ -109,16 +119,18 @@ class ResponseFormat:
     def __post_init__(self):
         check_name(self.name, what="response format name")
         if not isinstance(self.schema, Mapping):
-            raise GptOssError(f"response format: expected a JSON schema (an object), got {self.schema!r}")
+            raise GptOssError(
+                f"response format: expected a JSON schema (an object), got {self.schema!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
     """What the system and the first developer message say.
 
-    `date`: "YYYY-MM-DD" or a datetime.date; None means today, which makes prompts (and cached prefixes) change at
-    midnight: pin it where results must be reproducible. Raises GptOssError for an unknown effort, a malformed date, a
-    bad or repeated tool name.
+    `date`: "YYYY-MM-DD" or a datetime.date; None means today, which makes prompts (and cached
+    prefixes) change at midnight: pin it where results must be reproducible. Raises GptOssError for
+    an unknown effort, a malformed date, a bad or repeated tool name.
     """
 
     reasoning_effort: str = "medium"
@@ -131,7 +143,9 @@ class ChatSettings:
 
     def __post_init__(self):
         if self.reasoning_effort not in EFFORTS:
-            raise GptOssError(f"unknown reasoning effort {self.reasoning_effort!r}: use low, medium or high")
+            raise GptOssError(
+                f"unknown reasoning effort {self.reasoning_effort!r}: use low, medium or high"
+            )
         if isinstance(self.date, str):
             try:
                 valid = datetime.date.fromisoformat(self.date).isoformat() == self.date
@@ -146,14 +160,16 @@ class ChatSettings:
 
 
 def check_name(name: object, what: str = "tool name") -> str:
-    """The name, or a GptOssError: names stand in message headers, so only letters, digits, _ and - are safe."""
+    """The name, or a GptOssError: names stand in message headers, so only letters, digits, _ and -
+    are safe."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise GptOssError(f"{what} {name!r} is not allowed: use 1 to 64 letters, digits, _ or -")
     return name
 
 
 def tool_from_openai(tool: Mapping[str, Any]) -> Tool:
-    """A Tool from {"type": "function", "function": {name, description, parameters}} or the same without the wrapper."""
+    """A Tool from {"type": "function", "function": {name, description, parameters}} or the same
+    without the wrapper."""
     if not isinstance(tool, Mapping):
         raise GptOssError(f"expected a tool as a dict with type 'function', got {tool!r}")
     if tool.get("type", "function") != "function":
@@ -165,10 +181,11 @@ def tool_from_openai(tool: Mapping[str, Any]) -> Tool:
 
 
 def response_format_from(value: Any) -> ResponseFormat | None:
-    """A ResponseFormat from a JSON schema, OpenAI's response_format dict, or a pydantic model class; None for none.
+    """A ResponseFormat from a JSON schema, OpenAI's response_format dict, or a pydantic model
+    class; None for none.
 
-    OpenAI's dicts are {"type": "json_schema", "json_schema": {name, description, schema}}, {"type": "json_object"} and
-    {"type": "text"}.
+    OpenAI's dicts are {"type": "json_schema", "json_schema": {name, description, schema}}, {"type":
+    "json_object"} and {"type": "text"}.
     """
     if value is None or isinstance(value, ResponseFormat):
         return value
@@ -184,27 +201,42 @@ def response_format_from(value: Any) -> ResponseFormat | None:
         return ResponseFormat(value)
     body = value.get("json_schema", value)
     if not isinstance(body, Mapping) or not isinstance(body.get("schema"), Mapping):
-        raise GptOssError("response format of type json_schema: expected {'name', 'schema'} in it; give the schema")
-    return ResponseFormat(body["schema"], body.get("name") or "response", body.get("description") or "")
+        raise GptOssError(
+            "response format of type json_schema: expected {'name', 'schema'} in it; give the "
+            "schema"
+        )
+    return ResponseFormat(
+        body["schema"], body.get("name") or "response", body.get("description") or ""
+    )
 
 
 _KEYS = {
     "developer": set(),
     "user": {"name"},
-    "assistant": {"name", "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "refusal"},
+    "assistant": {
+        "name",
+        "tool_calls",
+        "function_call",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "refusal",
+    },
     "tool": {"name", "tool_call_id"},
 }
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 
 
 def from_openai(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
-    """OpenAI-style chat messages (role system, developer, user, assistant or tool) as harmony messages.
+    """OpenAI-style chat messages (role system, developer, user, assistant or tool) as harmony
+    messages.
 
-    system becomes developer: a client never writes the model's system message. An assistant's `reasoning` (or
-    `reasoning_content`, `thinking`) becomes analysis, its content a preamble when tool_calls follow and final otherwise,
-    each tool call a commentary message to `functions.NAME`. A tool's name comes from `tool_call_id` or `name`.
-    Keys with the value None count as absent; every other unknown key is refused by name, `channel` and `recipient`
-    included. Raises GptOssError with the message's index.
+    system becomes developer: a client never writes the model's system message. An assistant's
+    `reasoning` (or `reasoning_content`, `thinking`) becomes analysis, its content a preamble when
+    tool_calls follow and final otherwise, each tool call a commentary message to `functions.NAME`.
+    A tool's name comes from `tool_call_id` or `name`. Keys with the value None count as absent;
+    every other unknown key is refused by name, `channel` and `recipient` included. Raises
+    GptOssError with the message's index.
     """
     out: list[Message] = []
     calls: dict[str, str] = {}  # tool_call_id -> function name
@@ -221,9 +253,15 @@ def _from_dict(raw: Mapping[str, Any], calls: dict[str, str]) -> list[Message]:
         raise GptOssError(f"expected a dict with role and content, got {raw!r}")
     given = {key: value for key, value in raw.items() if value is not None}
     role = given.get("role")
-    role = {"system": "developer", "function": "tool"}.get(role, role) if isinstance(role, str) else role
+    role = (
+        {"system": "developer", "function": "tool"}.get(role, role)
+        if isinstance(role, str)
+        else role
+    )
     if role not in ROLES:
-        raise GptOssError(f"unknown role {given.get('role')!r}: use system, developer, user, assistant or tool")
+        raise GptOssError(
+            f"unknown role {given.get('role')!r}: use system, developer, user, assistant or tool"
+        )
     unknown = sorted(given.keys() - _KEYS[role] - {"role", "content"})
     if unknown:
         raise GptOssError(
@@ -237,7 +275,8 @@ def _from_dict(raw: Mapping[str, Any], calls: dict[str, str]) -> list[Message]:
         function = calls.get(given.get("tool_call_id", "")) or given.get("name")
         if function is None:
             raise GptOssError(
-                f"the tool result's tool_call_id {given.get('tool_call_id')!r} matches no earlier call: "
+                f"the tool result's tool_call_id {given.get('tool_call_id')!r} matches no earlier "
+                "call: "
                 "give the assistant message with that call, or the function's name"
             )
         return [result(str(function).removeprefix("functions."), text)]
@@ -261,7 +300,10 @@ def _from_assistant(given: dict[str, Any], calls: dict[str, str]) -> list[Messag
     for request in requested:
         body = request.get("function") if isinstance(request, Mapping) else None
         if not isinstance(body, Mapping) or "name" not in body:
-            raise GptOssError(f"expected a tool call as {{'id', 'function': {{'name', 'arguments'}}}}, got {request!r}")
+            raise GptOssError(
+                f"expected a tool call as {{'id', 'function': {{'name', 'arguments'}}}}, got "
+                f"{request!r}"
+            )
         out.append(call(body["name"], body.get("arguments") or "{}"))
         if request.get("id") is not None:
             calls[request["id"]] = body["name"]
@@ -276,11 +318,17 @@ def _text(content: Any) -> str:
         parts = []
         for part in content:
             kind = part.get("type", "text") if isinstance(part, Mapping) else None
-            if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(part, Mapping):
-                raise GptOssError(f"content part of type {kind!r} is not supported: gpt-oss reads text only")
+            if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(
+                part, Mapping
+            ):
+                raise GptOssError(
+                    f"content part of type {kind!r} is not supported: gpt-oss reads text only"
+                )
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
                 raise GptOssError(f"expected text in a content part, got {part!r}")
             parts.append(text)
         return "".join(parts)
-    raise GptOssError(f"expected content as text or a list of text parts, got {type(content).__name__}")
+    raise GptOssError(
+        f"expected content as text or a list of text parts, got {type(content).__name__}"
+    )

@@ -1,48 +1,51 @@
-"""The assistant's token ids -> messages, as they come. Tolerant: every sequence of ids has an outcome, none raises.
+"""The assistant's token ids -> messages, as they come. Tolerant: every sequence of ids has an
+outcome, none raises.
 
-Knows harmony's control tokens and what gpt-oss is seen to do with them when it errs. Refuses to know whether a tool
-exists or its arguments are valid, and never reads control tokens out of text.
+Knows harmony's control tokens and what gpt-oss is seen to do with them when it errs. Refuses to
+know whether a tool exists or its arguments are valid, and never reads control tokens out of text.
 
-Well-formed output gives exactly the messages that openai-harmony's parser gives. For the rest (`H<...>` stands for
-`<|channel|>...<|message|>`, E R C for `<|end|>`, `<|return|>`, `<|call|>`):
+Well-formed output gives exactly the messages that openai-harmony's parser gives (but for one
+defect there: it takes ` <|constrain|>json` of a message without recipient for a recipient). For
+the rest (S E R C stand for `<|start|>`, `<|end|>`, `<|return|>`, `<|call|>`):
 
-    output                                         outcome
-    ---------------------------------------------  ------------------------------------------------------------------
-    H<final>text E R                               the final message; the stop after it adds nothing
-    E E                                            the second `<|end|>` is ignored
-    <|start|><|start|>assistant                    one start
-    stray text between E and <|start|>             dropped
-    stray text between E and the stop              the final message, if there is none yet; otherwise dropped
-    <|channel|> right after E, or after stray      a new message, as if `<|start|>assistant` were there
-    <|channel|>, <|start|> inside content          the message ends there and a new one begins
-    <|message|>, <|constrain|>, <|reserved_N|> or  dropped
-      <|startoftext|> inside content
-    <|channel|><|message|>, or no <|channel|>      final
-    unknown channel                                comment... is commentary; analy..., think..., thought..., reason...
-                                                   are analysis; final... and everything else is final
-    channel name followed by junk (commentary?)    the junk is dropped
-    <|channel|>final TEXT R (no <|message|>)       TEXT is the content; the same on every channel and after E
-    TEXT R, TEXT E <|start|>assistant... (refusal  TEXT is a final message; two words or more also before <|channel|>
-      without any header)
-    <|start|>assistantfinal<|message|>             final, as if `<|channel|>` were there
-    two <|channel|> in one header                  the last name counts; a recipient in either
-    to=assistant, to=user, to=all, to=CHANNEL      no recipient
-    to=NAME in the role or the channel part        the same
-    to=NAME, to=function.NAME, to=tool.NAME,       functions.NAME; python, browser.* and container.* are built-in tools
-      functions.functions.NAME                     and stay, unless NAME is one of the functions given
-    functions.NAME<|channel|>... without to=       functions.NAME
-    call on analysis, final, or without channel    commentary for functions.*; analysis for built-in tools
-    ` <|constrain|>json`, `<|constrain|>json`      content type <|constrain|>json
-    ` json`, ` code`                               content type json, code; the content is not looked at
-    call ended by E or R, or by the end            still a call (incomplete at the end, when no stop came)
-    to=NAME ... C without <|message|>              a call with empty arguments; with E or R dropped
-    other role (user, functions.NAME to=assistant) the whole message is dropped: the assistant speaks for itself only
-    R, C or <|endoftext|> in a header              as E there, and stop
-    ends on <|endoftext|>                          as R; stop is "<|endoftext|>"
-    ends without stop                              the open message ends incomplete; an open header without text is dropped
-    header of more than 256 characters             it is text: content from there on
-    character split over tokens                    comes with its last token; never finished: U+FFFD
-    ids after the stop, ids outside the vocabulary ignored
+    output                                outcome
+    ------------------------------------  -------------------------------------------------------
+    final message, E R                    the message; the stop after it adds nothing
+    E E                                   the second E is ignored
+    S S                                   one S
+    stray text between E and S            dropped
+    stray text between E and the stop     the final message, if there is none yet; else dropped
+    <|channel|> right after E             a new message, as if S and `assistant` were there
+    S or <|channel|> inside content       the message ends there and a new one begins
+    other control tokens inside content   dropped
+    <|channel|><|message|>                final
+    no <|channel|>                        final
+    unknown channel                       comment... is commentary; analy..., think..., thought...,
+                                          reason... are analysis; everything else is final
+    channel name, then junk               the junk is dropped (`commentary?`)
+    <|channel|>final TEXT R               TEXT is the content; so on every channel, and with E
+    TEXT R, TEXT E (a bare refusal)       TEXT is a final message; two words or more also when
+                                          <|channel|> or <|message|> follows
+    S assistantfinal<|message|>           final, as if <|channel|> were there
+    two <|channel|> in one header         the last name counts; a recipient in either
+    to=assistant, user, all, a channel    no recipient
+    to=NAME in the role or channel part   the same
+    to=NAME, function.NAME, tool.NAME,    functions.NAME; python, browser.*, container.* are
+      functions.functions.NAME            built-in tools and stay, unless NAME is one of ours
+    functions.NAME<|channel|>...          to=functions.NAME
+    call on analysis, final, nowhere      commentary for functions.*; analysis for built-in tools
+    <|constrain|>json, spaced or not      content type <|constrain|>json
+    json, code as a word in the header    content type json, code; the content is not looked at
+    call that ends with E or R            still a call
+    call without <|message|>              with C a call with empty arguments; with E or R dropped
+    another role (S user, or              dropped whole: the assistant speaks for itself only
+      S functions.NAME to=assistant)
+    R, C or <|endoftext|> in a header     as E there, and stop
+    ends on <|endoftext|>                 as R; stop is <|endoftext|>
+    ends without stop                     the open message ends incomplete; a header is dropped
+    header above 256 characters           it is text: content from there on
+    character split over tokens           comes with its last token; never finished: U+FFFD
+    ids after the stop or out of range    ignored
 
 `Parser.repairs` names what was mended, in order; it is empty for well-formed output.
 """
@@ -88,7 +91,8 @@ class MessageEnd:
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """The completion ends; `token` is `<|return|>`, `<|call|>` or `<|endoftext|>`, None when none came."""
+    """The completion ends; `token` is `<|return|>`, `<|call|>` or `<|endoftext|>`, None when none
+    came."""
 
     token: str | None
 
@@ -99,9 +103,10 @@ Event = MessageStart | Delta | MessageEnd | Stop
 class Parser:
     """Reads the completion of a prompt that ends with `<|start|>assistant`, token by token.
 
-    `feed(id)` and finally `close()` return events; `messages`, `stop` and `repairs` hold what was read so far,
-    `channel` and `recipient` belong to the open message (None in a header). `functions` are the names of the tools on
-    offer, without `functions.`: they decide only what a bare recipient means.
+    `feed(id)` and finally `close()` return events; `messages`, `stop` and `repairs` hold what was
+    read so far, `channel` and `recipient` belong to the open message (None in a header).
+    `functions` are the names of the tools on offer, without `functions.`: they decide only what a
+    bare recipient means.
     """
 
     def __init__(self, tokenizer: Tokenizer, functions: Collection[str] = ()):
@@ -200,13 +205,18 @@ class Parser:
 
     def _blank_since_end(self) -> bool:
         """Nothing but space since `<|end|>`?"""
-        return not (self._started or self._channels or self._constrain is not None or self._role.strip())
+        return not (
+            self._started or self._channels or self._constrain is not None or self._role.strip()
+        )
 
     def _read(self) -> Header:
-        return read_header(self._role, self._channels, self._constrain, self._functions, self._first)
+        return read_header(
+            self._role, self._channels, self._constrain, self._functions, self._first
+        )
 
     def _prose(self) -> list[Event]:
-        """Text before a marker that is no role: an answer without header (after `<|start|>`), or stray."""
+        """Text before a marker that is no role: an answer without header (after `<|start|>`), or
+        stray."""
         if not is_prose(self._role):
             return []
         text, self._role = without_role(self._role), ""
@@ -233,11 +243,17 @@ class Parser:
         if length <= LONGEST_HEADER:
             return []
         if not self._started and not self._channels and self._answered():
-            self._role = self._role[:1]  # stray text after the answer: forget it, remember that it is there
+            self._role = self._role[
+                :1
+            ]  # stray text after the answer: forget it, remember that it is there
             return []
         self.repairs.append("header too long")
         header = self._read()
-        text = header.text if self._channels or self._constrain is not None else without_role(self._role)
+        text = (
+            header.text
+            if self._channels or self._constrain is not None
+            else without_role(self._role)
+        )
         return self._begin(header) + self._text(text.lstrip())
 
     def _unopened(self, stop: str | None) -> list[Event]:
@@ -249,7 +265,9 @@ class Parser:
             text = ""
         call = stop == "<|call|>" and header.recipient is not None
         if marked or text or call:
-            self.repairs.append("header without <|message|>" if marked or call else "text without header")
+            self.repairs.append(
+                "header without <|message|>" if marked or call else "text without header"
+            )
         if header.foreign or not (text or call):
             return []
         return self._whole(header, text, complete=stop is not None)
@@ -258,7 +276,7 @@ class Parser:
         if self._header is not None:
             events = self._end(complete=stop is not None, started=False)
         elif self._blank_since_end():
-            # `<|end|>` and then the stop: openai-harmony's parser refuses it
+            # openai-harmony's parser refuses `<|end|>` and then a stop
             self.repairs += ["stop after <|end|>"] if stop is not None else []
             events = []
         else:
@@ -324,7 +342,8 @@ class Parser:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """A whole completion: its messages, its stop token (None if it was cut), what had to be mended."""
+    """A whole completion: its messages, its stop token (None if it was cut), what had to be
+    mended."""
 
     messages: list[Message]
     stop: str | None
@@ -332,7 +351,8 @@ class Parsed:
 
 
 def parse(ids: Iterable[int], tokenizer: Tokenizer, functions: Collection[str] = ()) -> Parsed:
-    """Parses the ids that follow a prompt's `<|start|>assistant`. Never raises; see the module's table."""
+    """Parses the ids that follow a prompt's `<|start|>assistant`. Never raises; see the module's
+    table."""
     parser = Parser(tokenizer, functions)
     for token in ids:
         parser.feed(int(token))
@@ -356,9 +376,9 @@ _GOOD = re.compile(r"t*Ht+(?:Kt+)?Mt*(?:ESt+Ht+(?:Kt+)?Mt*)*[RC]")
 def well_formed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Is this completion of `<|start|>assistant`, stop token included, harmony without a fault?
 
-    The control tokens stand in their order, openai-harmony's strict parser accepts it, every message is the assistant's,
-    on a known channel and valid UTF-8, functions are called on commentary, and it ends with a call and `<|call|>` or
-    with a `final` message and `<|return|>`.
+    The control tokens stand in their order, openai-harmony's strict parser accepts it, every
+    message is the assistant's, on a known channel and valid UTF-8, functions are called on
+    commentary, and it ends with a call and `<|call|>` or with a `final` message and `<|return|>`.
     """
     from gptoss_jax.chat.render import harmony
 
@@ -372,7 +392,9 @@ def well_formed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 
     try:
         tokenizer.decode_bytes(ids).decode("utf-8")
-        parsed = harmony().parse_messages_from_completion_tokens(tokenizer.to_harmony(ids), Role.ASSISTANT)
+        parsed = harmony().parse_messages_from_completion_tokens(
+            tokenizer.to_harmony(ids), Role.ASSISTANT
+        )
     except (HarmonyError, UnicodeDecodeError):
         return False
     ours = parse(ids, tokenizer)

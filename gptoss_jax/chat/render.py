@@ -1,11 +1,13 @@
 """Conversation -> token ids, by the openai-harmony library on the bundled vocabulary.
 
-Knows harmony's message layout, which reasoning is dropped, and which tokens of a conversation the assistant itself
-emits. Refuses to know generation. The library is loaded on the first use (0.35 s) and never reaches for the network.
+Knows harmony's message layout, which reasoning is dropped, and which tokens of a conversation the
+assistant itself emits. Refuses to know generation. The library is loaded on the first use (0.35 s)
+and never reaches for the network.
 
-Around the library, ours: the filter of earlier reasoning (`drop_reasoning`), the `# Response Formats` section, tool
-schemas in words that the library knows (schema.py), and pruned vocabularies. Text of messages is always encoded as
-ordinary text, so nothing that a user writes becomes a control token.
+Around the library, ours: the filter of earlier reasoning (`drop_reasoning`), the `# Response
+Formats` section, tool schemas in words that the library knows (schema.py), and pruned vocabularies.
+Text of messages is always encoded as ordinary text, so nothing that a user writes becomes a control
+token.
 """
 
 import dataclasses
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 
 _MESSAGE, _END = HARMONY_SPECIALS["<|message|>"], HARMONY_SPECIALS["<|end|>"]
 _RETURN, _CALL = HARMONY_SPECIALS["<|return|>"], HARMONY_SPECIALS["<|call|>"]
-NEXT_TURN = (HARMONY_SPECIALS["<|start|>"], 173_781)  # <|start|>assistant, which the model does not emit itself
+NEXT_TURN = (
+    HARMONY_SPECIALS["<|start|>"],
+    173_781,
+)  # <|start|>assistant, which the model does not emit itself
 
 _lock = threading.Lock()
 
@@ -36,9 +41,10 @@ _lock = threading.Lock()
 class Segment:
     """Tokens [start, stop) of a rendered conversation that belong together.
 
-    `part` is "header" (`<|start|>` to `<|message|>`), "content" or "stop" (`<|end|>`, `<|call|>`, `<|return|>`). `emitted`
-    says whether the assistant produces them itself. `message` counts the rendered messages, `turn` the user messages so
-    far (1 for everything from the first user message to the second).
+    `part` is "header" (`<|start|>` to `<|message|>`), "content" or "stop" (`<|end|>`, `<|call|>`,
+    `<|return|>`). `emitted` says whether the assistant produces them itself. `message` counts the
+    rendered messages, `turn` the user messages so far (1 for everything from the first user message
+    to the second).
     """
 
     start: int
@@ -62,20 +68,29 @@ class Rendered:
     @property
     def emitted(self) -> list[bool]:
         """Per token: does the assistant emit it (so: is there a loss on it)?"""
-        return [segment.emitted for segment in self.segments for _ in range(segment.start, segment.stop)]
+        return [
+            segment.emitted for segment in self.segments for _ in range(segment.start, segment.stop)
+        ]
 
     @property
     def channels(self) -> list[str | None]:
-        """Per token: the channel of its message (None outside the assistant's and tools' messages)."""
-        return [segment.channel for segment in self.segments for _ in range(segment.start, segment.stop)]
+        """Per token: the channel of its message (None outside the assistant's and tools'
+        messages)."""
+        return [
+            segment.channel for segment in self.segments for _ in range(segment.start, segment.stop)
+        ]
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, settings: ChatSettings | None = None) -> list[int]:
-    """The prompt for the assistant's next message: system, developer and the conversation, then `<|start|>assistant`.
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, settings: ChatSettings | None = None
+) -> list[int]:
+    """The prompt for the assistant's next message: system, developer and the conversation, then
+    `<|start|>assistant`.
 
-    Reasoning of earlier turns is dropped, that of an unfinished tool loop is kept (`drop_reasoning`). Earlier answers
-    end with `<|end|>`. Returns ids of `tokenizer`. Raises GptOssError for a role that clients do not have.
-    Source: the harmony format (openai/harmony, docs/format.md).
+    Reasoning of earlier turns is dropped, that of an unfinished tool loop is kept
+    (`drop_reasoning`). Earlier answers end with `<|end|>`. Returns ids of `tokenizer`. Raises
+    GptOssError for a role that clients do not have. Source: the harmony format (openai/harmony,
+    docs/format.md).
     """
     ids: list[int] = []
     for _, tokens in _rendered(drop_reasoning(messages), settings or ChatSettings()):
@@ -88,11 +103,12 @@ def render_training(
 ) -> Rendered:
     """The whole conversation with the tokens that the assistant emits marked.
 
-    Of a run of assistant messages everything is emitted except the first `<|start|>assistant` (the prompt ends with it;
-    after `<|call|>` too): recipients, channels, contents, later headers, stop tokens. The last answer ends with
-    `<|return|>`, a call with `<|call|>`; an earlier answer ends with the `<|end|>` of history, which is not emitted. The
-    reasoning of the last turn is kept, that of earlier turns dropped, so what is emitted in earlier turns lacks its
-    reasoning: train on the last turn (`Segment.turn`) and expand a long conversation into one sample a turn.
+    Of a run of assistant messages everything is emitted except the first `<|start|>assistant` (the
+    prompt ends with it; after `<|call|>` too): recipients, channels, contents, later headers, stop
+    tokens. The last answer ends with `<|return|>`, a call with `<|call|>`; an earlier answer ends
+    with the `<|end|>` of history, which is not emitted. The reasoning of the last turn is kept,
+    that of earlier turns dropped, so what is emitted in earlier turns lacks its reasoning: train on
+    the last turn (`Segment.turn`) and expand a long conversation into one sample a turn.
     """
     kept = drop_reasoning(messages, training=True)
     ids: list[int] = []
@@ -127,12 +143,13 @@ def render_training(
 
 
 def drop_reasoning(messages: Sequence[Message], training: bool = False) -> list[Message]:
-    """The messages that the model sees again: without the reasoning before the last answer of a finished turn.
+    """The messages that the model sees again: without the reasoning before the last answer of a
+    finished turn.
 
-    A turn is finished when an assistant's `final` message is followed by a user message, or (not in training, where it
-    is the target) ends the conversation. Only analysis without a recipient goes: calls, results and preambles stay.
-    Later analysis stays too, since a tool loop without an answer needs it.
-    Source: OpenAI cookbook, "Handling the raw chain of thought in gpt-oss".
+    A turn is finished when an assistant's `final` message is followed by a user message, or (not in
+    training, where it is the target) ends the conversation. Only analysis without a recipient goes:
+    calls, results and preambles stay. Later analysis stays too, since a tool loop without an answer
+    needs it. Source: OpenAI cookbook, "Handling the raw chain of thought in gpt-oss".
     """
     cut = 0
     answered = None
@@ -149,7 +166,9 @@ def drop_reasoning(messages: Sequence[Message], training: bool = False) -> list[
 
 
 def _is_reasoning(message: Message) -> bool:
-    return message.role == "assistant" and message.channel == "analysis" and message.recipient is None
+    return (
+        message.role == "assistant" and message.channel == "analysis" and message.recipient is None
+    )
 
 
 @functools.cache
@@ -160,9 +179,13 @@ def _load_harmony() -> "openai_harmony.HarmonyEncoding":
     before = os.environ.get(name)
     os.environ[name] = str(VOCAB_FILE.parent)
     try:
-        return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+        return openai_harmony.load_harmony_encoding(
+            openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS
+        )
     except openai_harmony.HarmonyError as error:
-        raise GptOssError(f"openai-harmony cannot load the vocabulary {VOCAB_FILE}: {error}") from None
+        raise GptOssError(
+            f"openai-harmony cannot load the vocabulary {VOCAB_FILE}: {error}"
+        ) from None
     finally:
         if before is None:
             del os.environ[name]
@@ -171,12 +194,15 @@ def _load_harmony() -> "openai_harmony.HarmonyEncoding":
 
 
 def harmony() -> "openai_harmony.HarmonyEncoding":
-    """openai-harmony's encoding of gpt-oss from the bundled vocabulary, loaded once; the environment is left as it was."""
+    """openai-harmony's encoding of gpt-oss from the bundled vocabulary, loaded once; the
+    environment is left as it was."""
     with _lock:
         return _load_harmony()
 
 
-def _rendered(messages: Sequence[Message], settings: ChatSettings) -> Iterator[tuple[Message, list[int]]]:
+def _rendered(
+    messages: Sequence[Message], settings: ChatSettings
+) -> Iterator[tuple[Message, list[int]]]:
     """Every message, system and developer first, with its o200k_harmony ids."""
     import openai_harmony as oh
 
@@ -188,10 +214,9 @@ def _rendered(messages: Sequence[Message], settings: ChatSettings) -> Iterator[t
     instructions = [settings.instructions or "", *(message.content for message in messages[:lead])]
     text = "\n\n".join(part for part in instructions if part)
     yield Message("system", ""), encoding.render(_system(settings), options)
-    contents = _developer(text, settings)
-    if contents:
-        block = oh.Message.from_role_and_contents(oh.Role.DEVELOPER, contents)
-        yield Message("developer", text), encoding.render(block, options)
+    block = _developer(text, settings, options)
+    if block:
+        yield Message("developer", text), block
     for message in messages[lead:]:
         yield message, encoding.render(_harmony_message(message), options)
 
@@ -209,27 +234,37 @@ def _system(settings: ChatSettings) -> "openai_harmony.Message":
     return oh.Message.from_role_and_content(oh.Role.SYSTEM, content)
 
 
-def _developer(text: str, settings: ChatSettings) -> "list[openai_harmony.Content]":
-    """The developer message's contents: instructions, tools, response format, in this order; [] for none of them."""
+def _developer(
+    text: str, settings: ChatSettings, options: "openai_harmony.RenderOptions"
+) -> list[int]:
+    """The developer message: instructions, tools, response format, in this order; [] for none of
+    them."""
     import openai_harmony as oh
 
-    contents: list[oh.Content] = []
+    ids: list[int] = []
     if text or settings.tools:
         content = oh.DeveloperContent(instructions=_valid(text) or None)
         if settings.tools:
             content.with_function_tools([_tool(tool) for tool in settings.tools])
-        contents.append(content)
-    if settings.response_format is not None:
-        section = response_section(settings.response_format)
-        contents.append(oh.TextContent(text="\n\n" + section if contents else section))
-    return contents
+        ids = harmony().render(
+            oh.Message.from_role_and_content(oh.Role.DEVELOPER, content), options
+        )
+    if settings.response_format is None:
+        return ids
+    # one text, encoded as a whole: the blank line may share its token with what stands before
+    before = harmony().decode(ids[ids.index(_MESSAGE) + 1 : -1]) + "\n\n" if ids else ""
+    whole = oh.TextContent(text=before + response_section(settings.response_format))
+    return harmony().render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, whole), options)
 
 
 def response_section(fmt: ResponseFormat) -> str:
-    """The `# Response Formats` section, which the library has no words for. Source: the harmony format, Structured output."""
+    """The `# Response Formats` section, which the library has no words for. Source: the harmony
+    format, Structured output."""
     head = f"# Response Formats\n\n## {fmt.name}\n\n"
     comment = f"// {' '.join(fmt.description.split())}\n" if fmt.description.strip() else ""
-    return _valid(head + comment + json.dumps(fmt.schema, ensure_ascii=False, separators=(",", ":")))
+    return _valid(
+        head + comment + json.dumps(fmt.schema, ensure_ascii=False, separators=(",", ":"))
+    )
 
 
 def _tool(tool) -> "openai_harmony.ToolDescription":
@@ -248,12 +283,23 @@ def _harmony_message(message: Message) -> "openai_harmony.Message":
     if message.role not in ("developer", "user", "assistant", "tool"):
         raise GptOssError(f"unknown role {message.role!r}: use developer, user, assistant or tool")
     for value in (message.channel, message.recipient, message.name):
-        if value is not None and not all(c.isascii() and (c.isalnum() or c in "_-.") for c in value):
-            raise GptOssError(f"{value!r} cannot stand in a message header: use letters, digits, _, - and .")
+        if value is not None and not all(
+            c.isascii() and (c.isalnum() or c in "_-.") for c in value
+        ):
+            raise GptOssError(
+                f"{value!r} cannot stand in a message header: use letters, digits, _, - and ."
+            )
     if message.content_type not in (None, CONSTRAIN_JSON, "json", "code"):
-        raise GptOssError(f"content type {message.content_type!r} is not supported: use {CONSTRAIN_JSON}, json or code")
+        raise GptOssError(
+            f"content type {message.content_type!r} is not supported: use {CONSTRAIN_JSON}, json "
+            "or code"
+        )
     text = _valid(message.content)
-    content = oh.DeveloperContent(instructions=text) if message.role == "developer" else oh.TextContent(text=text)
+    content = (
+        oh.DeveloperContent(instructions=text)
+        if message.role == "developer"
+        else oh.TextContent(text=text)
+    )
     return oh.Message(
         author=oh.Author(role=oh.Role(message.role), name=message.name),
         content=[content],
@@ -264,7 +310,8 @@ def _harmony_message(message: Message) -> "openai_harmony.Message":
 
 
 def _translate(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """A message's o200k_harmony ids in the tokenizer's vocabulary, cut where a prompt would end (`<|start|>assistant`)."""
+    """A message's o200k_harmony ids in the tokenizer's vocabulary, cut where a prompt would end
+    (`<|start|>assistant`)."""
     if tuple(tokens[:2]) == NEXT_TURN:
         return tokenizer.from_harmony(tokens[:2]) + tokenizer.from_harmony(tokens[2:])
     return tokenizer.from_harmony(tokens)

@@ -1,7 +1,9 @@
-"""JSON schemas as openai-harmony can show them: `$ref`, `anyOf`, `allOf`, `const` and null rewritten, comments kept shut.
+"""JSON schemas as openai-harmony can show them: `$ref`, `anyOf`, `allOf`, `const` and null
+rewritten, comments kept shut.
 
-The library turns a function's parameters into TypeScript and knows object, array, string enums, type lists, oneOf and
-nullable; the rest becomes `any`. Everything here only says the same in those words. What cannot be said stays `any`.
+The library turns a function's parameters into TypeScript and knows object, array, string enums,
+type lists, oneOf and nullable; the rest becomes `any`. Everything here only says the same in those
+words. What cannot be said stays `any`.
 """
 
 import json
@@ -14,10 +16,12 @@ _MAX_DEPTH = 64
 
 
 def simplify(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema without references and unions that the library does not know; recursion is cut to `any`.
+    """The schema without references and unions that the library does not know; recursion is cut to
+    `any`.
 
-    Line breaks in descriptions become spaces, since the library opens a comment only on the first line. Raises
-    GptOssError for a reference that leads nowhere, a property name with a line break, or nesting deeper than 64.
+    Line breaks in descriptions become spaces, since the library opens a comment only on the first
+    line. Raises GptOssError for a reference that leads nowhere, a property name with a line break,
+    or nesting deeper than 64.
     """
     return _node(schema, schema, ())
 
@@ -26,10 +30,16 @@ def _node(node: Any, root: Mapping[str, Any], path: tuple[str, ...]) -> dict[str
     if not isinstance(node, Mapping):  # true and false are schemas too
         return {}
     if len(path) > _MAX_DEPTH:
-        raise GptOssError(f"a tool's parameters are nested deeper than {_MAX_DEPTH}: make the schema flatter")
+        raise GptOssError(
+            f"a tool's parameters are nested deeper than {_MAX_DEPTH}: make the schema flatter"
+        )
     if "$ref" in node:
         return _reference(node, root, path)
-    out = {key: value for key, value in node.items() if key not in ("$defs", "definitions", "allOf", "anyOf", "oneOf")}
+    out = {
+        key: value
+        for key, value in node.items()
+        if key not in ("$defs", "definitions", "allOf", "anyOf", "oneOf")
+    }
     for member in node.get("allOf", ()):
         _merge(out, _node(member, root, (*path, "allOf")))
     for key in ("description", "title"):
@@ -57,7 +67,9 @@ def _node(node: Any, root: Mapping[str, Any], path: tuple[str, ...]) -> dict[str
     return out
 
 
-def _reference(node: Mapping[str, Any], root: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def _reference(
+    node: Mapping[str, Any], root: Mapping[str, Any], path: tuple[str, ...]
+) -> dict[str, Any]:
     pointer = node["$ref"]
     beside = {key: value for key, value in node.items() if key != "$ref"}
     if pointer in path:  # recursive
@@ -67,7 +79,10 @@ def _reference(node: Mapping[str, Any], root: Mapping[str, Any], path: tuple[str
     for part in [None] if parts is None else parts:
         part = part.replace("~1", "/").replace("~0", "~") if part is not None else None
         if not isinstance(target, Mapping) or part not in target:
-            raise GptOssError(f"a tool's parameters refer to {pointer!r}, which is not in the schema: use #/$defs/NAME")
+            raise GptOssError(
+                f"a tool's parameters refer to {pointer!r}, which is not in the schema: use "
+                "#/$defs/NAME"
+            )
         target = target[part]
     out = _node(target, root, (*path, pointer))
     out.update(_node(beside, root, path))
@@ -79,7 +94,10 @@ def _merge(out: dict[str, Any], member: dict[str, Any]) -> None:
         if key == "properties":
             out[key] = {**value, **out.get(key, {})}
         elif key == "required":
-            out[key] = [*out.get(key, []), *(name for name in value if name not in out.get(key, []))]
+            out[key] = [
+                *out.get(key, []),
+                *(name for name in value if name not in out.get(key, [])),
+            ]
         else:
             out.setdefault(key, value)
 
@@ -92,7 +110,9 @@ def _union(out: dict[str, Any], variants: list[dict[str, Any]]) -> None:
             out.setdefault(key, value)
         if null:
             out["nullable"] = True
-    elif some and all(set(variant) == {"type"} and isinstance(variant["type"], str) for variant in some):
+    elif some and all(
+        set(variant) == {"type"} and isinstance(variant["type"], str) for variant in some
+    ):
         out["type"] = [variant["type"] for variant in some] + ["null"] * null
     else:
         # {"type": "null"} alone shows as any, the list of one as null
@@ -115,7 +135,10 @@ def _enum(out: dict[str, Any]) -> None:
     del out["enum"]
     if not values:
         return
-    kinds = {"number" if type(v) in (int, float) else "boolean" if type(v) is bool else "any" for v in values}
+    kinds = {
+        "number" if type(v) in (int, float) else "boolean" if type(v) is bool else "any"
+        for v in values
+    }
     if kinds <= {"number", "boolean"}:
         out.setdefault("type", sorted(kinds) if len(kinds) > 1 else kinds.pop())
     shown = "One of: " + ", ".join(json.dumps(value, ensure_ascii=False) for value in values)

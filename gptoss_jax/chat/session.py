@@ -1,7 +1,7 @@
 """Chat: a conversation with a model, its history, and the loop that runs tools.
 
-Knows when to render, generate, parse, call a function and go on. Refuses to know arrays, HTTP and how tokens are made:
-a model is anything that has a tokenizer and streams token ids.
+Knows when to render, generate, parse, call a function and go on. Refuses to know arrays, HTTP and
+how tokens are made: a model is anything that has a tokenizer and streams token ids.
 """
 
 import dataclasses
@@ -30,16 +30,20 @@ from gptoss_jax.tokenizer import Tokenizer
 
 
 class Generates(Protocol):
-    """What a Chat needs of a model. Pieces have `.tokens` (list of ids) and `.stop` (what ended them, an id if a token)."""
+    """What a Chat needs of a model. Pieces have `.tokens` (list of ids) and `.stop` (what ended
+    them, an id if a token)."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
-    def stream(self, prompt: Sequence[int], sampling: Any = None, max_new_tokens: int | None = None) -> Iterator[Any]: ...
+    def stream(
+        self, prompt: Sequence[int], sampling: Any = None, max_new_tokens: int | None = None
+    ) -> Iterator[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A call that the caller must answer: `arguments` is the model's text, meant to be a JSON object."""
+    """A call that the caller must answer: `arguments` is the model's text, meant to be a JSON
+    object."""
 
     id: str
     name: str
@@ -51,9 +55,13 @@ class ToolCall:
         try:
             value = json.loads(self.arguments or "{}")
         except ValueError as error:
-            raise GptOssError(f"the arguments of {self.name} are not JSON ({error}): {self.arguments!r}") from None
+            raise GptOssError(
+                f"the arguments of {self.name} are not JSON ({error}): {self.arguments!r}"
+            ) from None
         if not isinstance(value, dict):
-            raise GptOssError(f"the arguments of {self.name} are not a JSON object: {self.arguments!r}")
+            raise GptOssError(
+                f"the arguments of {self.name} are not a JSON object: {self.arguments!r}"
+            )
         return value
 
 
@@ -69,10 +77,11 @@ class ToolResult:
 class Reply:
     """Everything since the user's message.
 
-    `messages`: the new messages of the history after the user's, tool results included. `finish_reason`: "stop";
-    "tool_calls" when `tool_calls` wait for `Chat.send_tool_results`; "length" when max_new_tokens or the context ended
-    it; "tool_limit" when the model went on calling tools for more than max_tool_rounds. `repairs`: what was malformed in
-    the model's output and mended. `completion_tokens` counts stop tokens too.
+    `messages`: the new messages of the history after the user's, tool results included.
+    `finish_reason`: "stop"; "tool_calls" when `tool_calls` wait for `Chat.send_tool_results`;
+    "length" when max_new_tokens or the context ended it; "tool_limit" when the model went on
+    calling tools for more than max_tool_rounds. `repairs`: what was malformed in the model's output
+    and mended. `completion_tokens` counts stop tokens too.
     """
 
     messages: list[Message]
@@ -98,7 +107,11 @@ class Reply:
         return self._text("commentary")
 
     def _text(self, channel: str) -> str:
-        chosen = [m for m in self.messages if m.role == "assistant" and m.channel == channel and m.recipient is None]
+        chosen = [
+            m
+            for m in self.messages
+            if m.role == "assistant" and m.channel == channel and m.recipient is None
+        ]
         return "\n".join(message.content for message in chosen)
 
 
@@ -110,19 +123,18 @@ class Chat:
     """A conversation.
 
     Args:
-      model: What `gptoss_jax.load` returns, or anything like it (`Generates`).
-      reasoning_effort: low, medium or high; may be changed between messages.
-      tools: Python functions (run here when the model calls them), and OpenAI tool dicts or `Tool`s (handed back as
+      model: What `gptoss_jax.load` returns, or anything like it (`Generates`). reasoning_effort:
+      low, medium or high; may be changed between messages. tools: Python functions (run here when
+      the model calls them), and OpenAI tool dicts or `Tool`s (handed back as
         `reply.tool_calls`). No other tool ever runs.
-      response_format: JSON schema of the answer, OpenAI's response_format dict, or a pydantic class.
-      date: "YYYY-MM-DD"; today, fixed when the chat begins, if None.
-      instructions: The developer's instructions.
-      sampling: gptoss_jax.Sampling; the model's default if None.
-      max_new_tokens: Limit of one generation; None for the rest of the context.
-      max_tool_rounds: How often a reply may come back to the model after tool calls.
+      response_format: JSON schema of the answer, OpenAI's response_format dict, or a pydantic
+      class. date: "YYYY-MM-DD"; today, fixed when the chat begins, if None. instructions: The
+      developer's instructions. sampling: gptoss_jax.Sampling; the model's default if None.
+      max_new_tokens: Limit of one generation; None for the rest of the context. max_tool_rounds:
+      How often a reply may come back to the model after tool calls.
 
-    `history` is the list of messages so far (developer messages in it are allowed). Raises GptOssError for an unknown
-    effort, a malformed date, tool or response format.
+    `history` is the list of messages so far (developer messages in it are allowed). Raises
+    GptOssError for an unknown effort, a malformed date, tool or response format.
     """
 
     def __init__(
@@ -184,46 +196,66 @@ class Chat:
     def send(self, message: str | Sequence[Message | Mapping[str, Any]]) -> Reply:
         """Adds the user's message (text, or messages of any role) and returns the model's reply.
 
-        Raises GptOssError when the message is empty or malformed, tool calls wait for results, or the conversation no
-        longer fits into the context; the history is then as before.
+        Raises GptOssError when the message is empty or malformed, tool calls wait for results, or
+        the conversation no longer fits into the context; the history is then as before.
         """
         return _last(self.stream(message))
 
     def stream(self, message: str | Sequence[Message | Mapping[str, Any]]) -> Iterator[ChatEvent]:
         """Like `send`, as events while they happen; the last one is the Reply.
 
-        When the caller stops early (break, Ctrl-C), the history keeps the answer as far as it came; if none had begun,
-        it is as before.
+        When the caller stops early (break, Ctrl-C), the history keeps the answer as far as it came;
+        if none had begun, it is as before.
         """
         if self._pending:
             names = ", ".join(call.name for call in self._pending)
-            raise GptOssError(f"calls of {names} wait for results: use send_tool_results, or reset the chat")
+            raise GptOssError(
+                f"calls of {names} wait for results: use send_tool_results, or reset the chat"
+            )
         if isinstance(message, str):
             if not message:
                 raise GptOssError("the message is empty: write something")
             return self._run([user(message)])
-        new = [m for raw in message for m in ([raw] if isinstance(raw, Message) else from_openai([raw]))]
+        new = [
+            m
+            for raw in message
+            for m in ([raw] if isinstance(raw, Message) else from_openai([raw]))
+        ]
         if not new:
             raise GptOssError("the message is empty: write something")
         return self._run(new)
 
     def send_tool_results(self, results: Sequence[Any] | Mapping[str, Any]) -> Reply:
-        """Answers the calls of the last reply, in their order or by id, and returns what the model says next."""
+        """Answers the calls of the last reply, in their order or by id, and returns what the model
+        says next."""
         return _last(self.stream_tool_results(results))
 
-    def stream_tool_results(self, results: Sequence[Any] | Mapping[str, Any]) -> Iterator[ChatEvent]:
+    def stream_tool_results(
+        self, results: Sequence[Any] | Mapping[str, Any]
+    ) -> Iterator[ChatEvent]:
         """Like `send_tool_results`, as events."""
         ids = [call.id for call in self._pending]
         if not ids:
             raise GptOssError("no tool call waits for a result: use send")
         if isinstance(results, str):
-            raise GptOssError(f"expected a list of {len(ids)} results, or a dict by call id, got a string")
-        given = dict(results) if isinstance(results, Mapping) else dict(zip(ids, results, strict=False))
+            raise GptOssError(
+                f"expected a list of {len(ids)} results, or a dict by call id, got a string"
+            )
+        given = (
+            dict(results) if isinstance(results, Mapping) else dict(zip(ids, results, strict=False))
+        )
         if set(given) != set(ids) or len(results) != len(ids):
-            raise GptOssError(f"expected results for the calls {ids}, got {len(results)} for {list(given)}")
-        texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in given.values()]
+            raise GptOssError(
+                f"expected results for the calls {ids}, got {len(results)} for {list(given)}"
+            )
+        texts = [
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in given.values()
+        ]
         by_id = dict(zip(given, texts, strict=True))
-        return self._run([_answer(f"functions.{call.name}", by_id[call.id]) for call in self._pending])
+        return self._run(
+            [_answer(f"functions.{call.name}", by_id[call.id]) for call in self._pending]
+        )
 
     def _run(self, new: Iterable[Message]) -> Iterator[ChatEvent]:
         before, pending = list(self.history), self._pending
@@ -231,7 +263,7 @@ class Chat:
         self.history.extend(new)
         start = len(self.history)
         count = _Count()
-        parser = None
+        parser, reason = None, "stop"
         try:
             for rounds in itertools.count():
                 parser = Parser(self.model.tokenizer, [tool.name for tool in self.settings.tools])
@@ -244,8 +276,8 @@ class Chat:
                         if event.complete and called:
                             calls.append(event.message)
                     yield event
-                reason = self._settled(parser, calls, rounds)
-                if reason is not None:
+                if (settled := self._settled(parser, calls, rounds)) is not None:
+                    reason = settled
                     break
                 for call in calls:
                     yield from self._answer_call(call)
@@ -260,7 +292,12 @@ class Chat:
             self.history[:], self._pending = before, pending
             raise
         yield Reply(
-            self.history[start:], list(self._pending), reason, count.prompt, count.completion, count.repairs
+            self.history[start:],
+            list(self._pending),
+            reason,
+            count.prompt,
+            count.completion,
+            count.repairs,
         )
 
     def _settled(self, parser: Parser, calls: list[Message], rounds: int) -> str | None:
@@ -274,11 +311,15 @@ class Chat:
         self._pending = [self._tool_call(call) for call in calls]
         return "tool_limit"
 
-    def _generate(self, parser: Parser, count: "_Count") -> Iterator[MessageStart | Delta | MessageEnd | Stop]:
+    def _generate(
+        self, parser: Parser, count: "_Count"
+    ) -> Iterator[MessageStart | Delta | MessageEnd | Stop]:
         """One generation, parsed as it comes."""
         prompt = self.prompt()
         count.prompt += len(prompt)
-        stream = self.model.stream(prompt, sampling=self._stopping(), max_new_tokens=self.max_new_tokens)
+        stream = self.model.stream(
+            prompt, sampling=self._stopping(), max_new_tokens=self.max_new_tokens
+        )
         for piece in stream:
             stop = getattr(piece, "stop", None)
             tokens = [*piece.tokens, *([stop] if isinstance(stop, int) else [])]
@@ -291,7 +332,8 @@ class Chat:
         count.repairs += parser.repairs
 
     def _stopping(self) -> Any:
-        """The sampling settings with harmony's stop tokens, whatever the model's config says ends it."""
+        """The sampling settings with harmony's stop tokens, whatever the model's config says ends
+        it."""
         from gptoss_jax.sampling import Sampling
 
         sampling = self.sampling if self.sampling is not None else Sampling()
@@ -303,7 +345,8 @@ class Chat:
         return ToolCall(f"call_{self._calls}", call.function or "", call.content)
 
     def _answer_call(self, message: Message) -> Iterator[ToolResult]:
-        """Runs a function of ours, leaves an enabled tool to the caller, and tells the model when there is no such tool."""
+        """Runs a function of ours, leaves an enabled tool to the caller, and tells the model when
+        there is no such tool."""
         call = self._tool_call(message)
         name = (message.recipient or "").removeprefix("functions.")
         known = [tool.name for tool in self.settings.tools]
@@ -314,7 +357,11 @@ class Chat:
             return
         else:
             text = f"error: there is no tool {message.recipient}"
-            text += f"; the tools are {', '.join(known)}" if known else "; there are no tools, answer without"
+            text += (
+                f"; the tools are {', '.join(known)}"
+                if known
+                else "; there are no tools, answer without"
+            )
         self.history.append(_answer(message.recipient or "", text, message.channel))
         yield ToolResult(call, text)
 
@@ -322,7 +369,9 @@ class Chat:
         """After an interruption: the answer as far as it came, or nothing."""
         if parser is not None and not parser.done:
             ended = [event.message for event in parser.close() if isinstance(event, MessageEnd)]
-            self.history += [message for message in ended if message.recipient is None and message.content]
+            self.history += [
+                message for message in ended if message.recipient is None and message.content
+            ]
         answered = any(m.channel == "final" and m.role == "assistant" for m in self.history[start:])
         if not answered:
             self.history[:] = before
@@ -340,8 +389,6 @@ def _answer(name: str, text: str, channel: str | None = "commentary") -> Message
 
 
 def _last(events: Iterator[ChatEvent]) -> Reply:
-    reply = None
-    for reply in events:
-        pass
+    *_, reply = events
     assert isinstance(reply, Reply)
     return reply
