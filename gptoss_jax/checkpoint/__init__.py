@@ -6,18 +6,22 @@ network, no mesh (it is given shardings) and nothing of what the parameters comp
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoint.source import Source, open_source
+from gptoss_jax.checkpoint.stored import Stored, aligned, new_folder
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import Leaf
 from gptoss_jax.hf_names import Path as ParamPath
 from gptoss_jax.mxfp4 import MxTensor
+
+if TYPE_CHECKING:  # importing Orbax takes a second, which other layouts need not spend
+    from gptoss_jax.checkpoint.store import Store
 
 MANIFEST = "manifest.json"
 Shardings = Callable[[ParamPath, str], jax.sharding.Sharding]
@@ -49,24 +53,77 @@ def load_params(
       GptOssError: The folder holds no checkpoint, or a damaged one; nothing has been put on a device then, unless a
         scale turns out to be NaN or a file changes while it is read.
     """
-    folder = local_folder(path)
     dtype = np.dtype(dtype)
     if dtype not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
         raise GptOssError(f"dtype {dtype.name!r}: parameters are held in 'bfloat16' or 'float32'")
-    if (folder / MANIFEST).exists():
-        from gptoss_jax.checkpoint import store
-
-        return store.load(folder, dtype=dtype, shardings=shardings, progress=progress)
-    source = open_source(folder)
-    source.check()
+    opened = open_checkpoint(path)
+    opened.check()
     arrays = {}
-    for leaf in source.leaves:
+    for leaf in opened.leaves:
         arrays[leaf.path] = _place(
-            source, leaf, np.dtype(np.uint8) if leaf.packed else dtype, shardings
+            opened, leaf, np.dtype(np.uint8) if leaf.packed else dtype, shardings
         )
         if progress:
             progress(leaf.name, arrays[leaf.path].nbytes)
-    return source.config, tree(arrays)
+    return opened.config, tree(arrays)
+
+
+def open_checkpoint(path: str | Path) -> "Source | Store":
+    """Opens a checkpoint of any layout: reads its config and headers or manifest, no data.
+
+    Args:
+      path: Local folder.
+
+    Returns:
+      What it is; `check` has not been called.
+
+    Raises:
+      GptOssError: The folder holds no checkpoint, or one too damaged to be described.
+    """
+    folder = local_folder(path)
+    if (folder / MANIFEST).exists():
+        from gptoss_jax.checkpoint import store
+
+        return store.open_store(folder)
+    return open_source(folder)
+
+
+def save_params(
+    path: str | Path,
+    config: GptOssConfig,
+    params: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    source: str = "",
+) -> None:
+    """Saves a parameter tree in our layout (Orbax); the folder appears whole or not at all.
+
+    Args:
+      path: Folder to make.
+      config: The model's config.
+      params: The tree, MXFP4 experts as MxTensor; types are kept.
+      overwrite: Replace a checkpoint that is there.
+      source: Where the parameters come from, for the manifest.
+
+    Raises:
+      GptOssError: The folder exists, or the disk is full.
+    """
+    from gptoss_jax.checkpoint import store
+
+    arrays = stored_tree(params)
+    needed = sum(array.nbytes for array in arrays)
+    with new_folder(Path(path).expanduser(), overwrite=overwrite, needed=needed) as folder:
+        store.write(folder, config, arrays, source=source)
+
+
+def stored_tree(params: dict[str, Any]) -> list[Stored]:
+    """The arrays of a parameter tree as what `store.write` and the exporters take."""
+    found = []
+    for keys, array in jax.tree_util.tree_leaves_with_path(params):
+        path = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
+        read = lambda rows, array=array: np.asarray(array[rows])  # noqa: E731
+        found.append(Stored(path, array.shape, np.dtype(array.dtype), read))
+    return found
 
 
 def local_folder(path: str | Path) -> Path:
@@ -100,18 +157,29 @@ def _join(node):
     return {key: _join(child) for key, child in node.items()}
 
 
-def _place(source: Source, leaf: Leaf, dtype: np.dtype, shardings: Shardings | None) -> jax.Array:
+def _place(
+    opened: "Source | Store", leaf: Leaf, dtype: np.dtype, shardings: Shardings | None
+) -> jax.Array:
     """One parameter on its devices; each process reads the slices of its own devices, each slice once."""
     if shardings is None:
-        return jnp.asarray(source.read(leaf).astype(dtype, copy=False))
+        return jax.device_put(_ready(opened.read(leaf), dtype)).block_until_ready()
     read: dict[str, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)
         if key not in read:
-            read[key] = np.ascontiguousarray(source.read(leaf, index).astype(dtype, copy=False))
+            read[key] = _ready(opened.read(leaf, index), dtype)
         return read[key]
 
-    return jax.make_array_from_callback(
-        leaf.shape, shardings(leaf.path, leaf.letters), part, dtype=dtype
-    )
+    sharding = shardings(leaf.path, leaf.letters)
+    array = jax.make_array_from_callback(leaf.shape, sharding, part, dtype=dtype)
+    return array.block_until_ready()  # otherwise host copies of many parameters wait for a device
+
+
+def _ready(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array contiguous, aligned and of the type; itself if it is."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % 64 == 0:
+        return array
+    out = aligned(array.shape, dtype)
+    np.copyto(out, array, casting="unsafe")
+    return out

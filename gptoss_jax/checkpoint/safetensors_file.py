@@ -15,6 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.checkpoint.stored import aligned
 from gptoss_jax.errors import GptOssError
 
 DTYPES = {
@@ -84,7 +85,7 @@ class Tensor:
             (0, size) if index is None else index[axis].indices(size)[:2]
             for axis, size in enumerate(shape)
         ]
-        out = np.empty([stop - start for start, stop in spans], dtype)
+        out = aligned(tuple(max(0, stop - start) for start, stop in spans), dtype)
         first = self.offset + row * (
             self.nbytes // self.shape[0] if self.shape and self.shape[0] else 0
         )

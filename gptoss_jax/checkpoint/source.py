@@ -11,6 +11,7 @@ import numpy as np
 
 from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.checkpoint.safetensors_file import Tensor
+from gptoss_jax.checkpoint.stored import Stored
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import Layout, Leaf, detect, leaves
@@ -64,6 +65,19 @@ class Source:
         if leaf.path[-1] == "scales":
             check_scales(array, leaf.tensor)
         return leaf.from_file(array)
+
+    def arrays(self) -> list[Stored]:
+        """All parameters, to be read piece by piece."""
+        rest = (slice(None),)
+        return [
+            Stored(
+                leaf.path,
+                leaf.shape,
+                self.dtype(leaf),
+                lambda rows, leaf=leaf: self.read(leaf, (rows, *rest * (len(leaf.shape) - 1))),
+            )
+            for leaf in self.leaves
+        ]
 
     def problems(self) -> list[str]:
         """What keeps the checkpoint from being loaded, one line each: missing, surplus, wrong shape, wrong type."""
