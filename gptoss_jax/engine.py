@@ -6,7 +6,7 @@ Works on token ids and plain text; what roles, channels and tools are is the con
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +414,7 @@ def load(
     max_context: int | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -425,6 +426,7 @@ def load(
       max_context: Longest sequence, in tokens; by default the model's.
       revision: Branch, tag or commit on the Hub.
       offline: Use only what the Hub's cache already holds.
+      progress: Called with each parameter's name and bytes when it is there.
 
     Returns:
       The model.
@@ -444,7 +446,7 @@ def load(
             < SMALL_BYTES
         )
         dtype = "float32" if small and jax.default_backend() == "cpu" else "bfloat16"
-    config, params = checkpoint.load_params(folder, dtype=jnp.dtype(dtype))
+    config, params = checkpoint.load_params(folder, dtype=jnp.dtype(dtype), progress=progress)
     if max_context is not None and not 0 < max_context <= config.max_context:
         raise GptOssError(
             f"max_context is {max_context}: this model's context is 1 to {config.max_context}"

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 TINY = "gpt-oss-tiny"
+SHOWN_BYTES = 100_000_000  # below it loading is over before a bar can be read
 Effort = Literal["low", "medium", "high"]
 
 
@@ -78,6 +80,23 @@ def working(text: str):
         yield
 
 
+@contextlib.contextmanager
+def _loading(name: str, folder: Path):
+    """A bar over the checkpoint's bytes on stderr; yields what `load` calls for every parameter."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    console = Console(stderr=True)
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+    hidden = not console.is_terminal or total < SHOWN_BYTES
+    with Progress(
+        *columns, TransferSpeedColumn(), console=console, transient=True, disable=hidden
+    ) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda _, nbytes: bar.advance(task, nbytes)
+
+
 def load_model(arguments: ModelArguments, quiet: bool = False):
     """Loads the model that the options name; says so when it is the one in the box."""
     name = arguments.model or TINY
@@ -86,16 +105,18 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
             "Using gpt-oss-tiny, the model in the package; --model openai/gpt-oss-20b for the real thing."
         )
     started = time.perf_counter()
-    with working(f"loading {name}"):
-        from gptoss_jax.engine import load
+    from gptoss_jax import hub
+    from gptoss_jax.engine import load
 
+    folder = hub.resolve(name, revision=arguments.revision, offline=arguments.offline or None)
+    with _loading(name, folder) as progress:
         model = load(
-            name,
+            folder,
             dtype=arguments.dtype,
             max_context=arguments.max_context,
-            revision=arguments.revision,
-            offline=arguments.offline or None,
+            progress=progress,
         )
+    model = dataclasses.replace(model, name=name)
     seconds = time.perf_counter() - started
     if seconds > 10 and not quiet:
         note(f"loaded {name} in {seconds:.0f} s")

@@ -1,0 +1,25 @@
+"""The notebooks run from top to bottom, in a kernel of their own, as a user would run them."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(p.name for p in FOLDER.glob("*.ipynb")))
+def test_runs(name, tmp_path):
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "strip the outputs"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    errors = [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    assert not errors
+    if name.startswith("01"):
+        texts = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+        images = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert "632" in texts  # 347 + 285
+        assert "98895" in texts  # 347 * 285, by the calculator
+        assert len(images) == 2
