@@ -30,13 +30,18 @@ class ScriptedModel:
     """Replays given completions, one a call of `stream`, as the engine does: the stop token is in
     the last piece's stop.
 
-    `scripts` are texts with control tokens by name. Records `prompts` and `settings`. Honours
-    max_new_tokens and the stop token ids of the sampling settings, as the engine would.
+    `scripts` are texts with control tokens by name, or ids. Records `prompts` and `settings`.
+    Honours max_new_tokens and the stop token ids of the sampling settings, as the engine would.
     """
 
-    def __init__(self, *scripts: str, tokenizer: Tokenizer | None = None, piece: int = 3):
+    def __init__(
+        self, *scripts: str | list[int], tokenizer: Tokenizer | None = None, piece: int = 3
+    ):
         self.tokenizer = tokenizer or load_tokenizer()
-        self.scripts = [harmony_ids(script, self.tokenizer) for script in scripts]
+        self.scripts = [
+            harmony_ids(script, self.tokenizer) if isinstance(script, str) else list(script)
+            for script in scripts
+        ]
         self.piece = piece
         self.prompts: list[list[int]] = []
         self.settings: list[object] = []

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import pytest
 from fakes import ScriptedModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptoss_jax.chat import Chat, Tool
 from gptoss_jax.chat import messages as m
@@ -240,6 +242,24 @@ def test_malformed_output_is_reported_not_raised():
         "I cannot help.",
         ["<|return|> in a header", "text without header"],
     )
+
+
+WORDS = [
+    "assistant", "analysis", "final", "commentary", " to=", "functions.", "add",
+    "python", " json", "{}", "/é",
+    "<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|return|>",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=25).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_whatever_the_model_says_the_conversation_goes_on(output):
+    model = ScriptedModel(output, output, FINAL.format("ok"), FINAL.format("ok"))
+    chat = Chat(model, tools=[add], date=DAY, max_tool_rounds=1)
+    chat.send("?")
+    chat.reset() if chat._pending else None
+    chat.send("and now?")
+    assert model.tokenizer.decode(chat.prompt()).endswith("<|start|>assistant")
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came():

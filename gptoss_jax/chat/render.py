@@ -15,6 +15,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ NEXT_TURN = (
     173_781,
 )  # <|start|>assistant, which the model does not emit itself
 
+_CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[A-Za-z_]+")
 _lock = threading.Lock()
 
 
@@ -289,10 +291,10 @@ def _harmony_message(message: Message) -> "openai_harmony.Message":
             raise GptOssError(
                 f"{value!r} cannot stand in a message header: use letters, digits, _, - and ."
             )
-    if message.content_type not in (None, CONSTRAIN_JSON, "json", "code"):
+    if message.content_type is not None and not _CONTENT_TYPE.fullmatch(message.content_type):
         raise GptOssError(
-            f"content type {message.content_type!r} is not supported: use {CONSTRAIN_JSON}, json "
-            "or code"
+            f"content type {message.content_type!r} cannot stand in a message header: use "
+            f"{CONSTRAIN_JSON}, json or code"
         )
     text = _valid(message.content)
     content = (
