@@ -18,6 +18,16 @@ from gptoss_jax.hf_names import Layout, Leaf, detect, leaves
 from gptoss_jax.mxfp4 import check_scales
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+QUANTIZATION = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
 _FLOATS = ("BF16", "F32")
 
 
@@ -140,7 +150,7 @@ def open_source(folder: Path) -> Source:
       GptOssError: There is no config or no tensor file, a shard is missing or damaged, the index points outside the
         folder, a tensor is there twice, or the names are of another model.
     """
-    config = GptOssConfig.from_hf(read_json(folder / "config.json"))
+    config = read_config(folder)
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         for name, tensor in safetensors_file.read_header(file).items():
@@ -186,6 +196,42 @@ def _files(folder: Path) -> list[Path]:
             f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}): download it again"
         )
     return [folder / name for name in names]
+
+
+def read_config(folder: Path) -> GptOssConfig:
+    """Config of a folder; the end-of-sequence ids are generation_config.json's where it has them.
+
+    config.json of the released models names one of three: a model that did not stop at the others would run on.
+
+    Raises:
+      GptOssError: config.json is missing or asks for what the model does not do.
+    """
+    config = GptOssConfig.from_hf(read_json(folder / "config.json"))
+    if not (folder / GENERATION).exists():
+        return config
+    eos = read_json(folder / GENERATION).get("eos_token_id")
+    ids = (eos,) if isinstance(eos, int) else tuple(eos or config.eos_token_ids)
+    return dataclasses.replace(config, eos_token_ids=ids)
+
+
+def write_config(folder: Path, config: GptOssConfig, *, quantized: bool) -> None:
+    """Writes config.json and generation_config.json in Hugging Face's spelling.
+
+    Args:
+      folder: Where.
+      config: What.
+      quantized: Whether the experts beside it are MXFP4.
+    """
+    raw = config.to_hf()
+    if quantized:
+        raw["quantization_config"] = QUANTIZATION
+    generation = {
+        "do_sample": True,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    for name, content in (("config.json", raw), (GENERATION, generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_json(file: Path):

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from gptoss_jax import hf_names
-from gptoss_jax.checkpoint.source import read_json
+from gptoss_jax.checkpoint.source import read_config, read_json, write_config
 from gptoss_jax.checkpoint.stored import Stored, aligned
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
@@ -36,7 +36,7 @@ MANIFEST, PARAMS, KEPT = "manifest.json", "params", "kept_tokens.txt"
 FORMAT, VERSION = "gptoss_jax", 1
 CHUNK_BYTES = 10_000_000
 EXPERT_PARTS = 8
-READS = 8  # chunks in flight, each in memory until it is copied
+READ_BYTES = 128_000_000  # in flight: a chunk is in memory until it is copied
 Progress = Callable[[str, int], None]
 
 
@@ -102,7 +102,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
         for rows, piece in stored.pieces(multiple=chunks[0]):
             if self.error is not None:
                 raise self.error
-            checksum = zlib.crc32(memoryview(piece.reshape(-1).view(np.uint8)), checksum)
+            checksum = crc32(piece, checksum)
             if pending is not None:
                 await pending
             pending = array[rows].write(piece, can_reference_source_data_indefinitely=True)
@@ -170,7 +170,7 @@ def write(
         "total_bytes": sum(array.nbytes for array in arrays),
         "tensors": {array.name: writer.entries[array.name] for array in arrays},
     }
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    write_config(folder, config, quantized=packed)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -215,7 +215,7 @@ class Store:
     leaves: tuple[hf_names.Leaf, ...]
 
     def arrays(self) -> list[Stored]:
-        """All parameters, to be read piece by piece."""
+        """All parameters, to be read piece by piece; one read in order to its end is compared with its checksum."""
         return [
             Stored(leaf.path, leaf.shape, self.dtype(leaf), self._rows(leaf))
             for leaf in self.leaves
@@ -223,7 +223,28 @@ class Store:
 
     def _rows(self, leaf: hf_names.Leaf) -> Callable[[slice], np.ndarray]:
         rest = (slice(None),) * (len(leaf.shape) - 1)
-        return lambda rows: self.read(leaf, (rows, *rest))
+        end, checksum = 0, 0
+
+        def read(rows: slice) -> np.ndarray:
+            nonlocal end, checksum
+            piece = self.read(leaf, (rows, *rest))
+            if rows.start == 0:
+                end, checksum = 0, 0
+            if rows.start == end:
+                end, checksum = rows.stop, crc32(piece, checksum)
+            if end == leaf.shape[0] == rows.stop:
+                self._compare(leaf, checksum)
+            return piece
+
+        return read
+
+    def _compare(self, leaf: hf_names.Leaf, checksum: int) -> None:
+        expected = self.manifest["tensors"][leaf.name]["crc32"]
+        if f"{checksum:08x}" != expected:
+            raise GptOssError(
+                f"{self.folder}: {leaf.name} has the checksum {checksum:08x}, {MANIFEST} says "
+                f"{expected}: the data is damaged, convert again"
+            )
 
     def dtype(self, leaf: hf_names.Leaf) -> np.dtype:
         """Type in which a parameter is stored."""
@@ -243,11 +264,15 @@ class Store:
         """
         kvstore = {"driver": "file", "path": f"{self._place(leaf).absolute()}/"}
         spec = {"driver": "zarr", "kvstore": kvstore}
-        context = ts.Context({"file_io_concurrency": {"limit": READS}})
-        array = ts.open(spec, open=True, read=True, context=context).result()
+        array = ts.open(spec, open=True, read=True).result()
         part = array if index is None else array[index]
+        part = part.translate_to[(0,) * part.rank]
         out = aligned(part.shape, self.dtype(leaf))
-        ts.array(out).write(part.translate_to[(0,) * out.ndim]).result()
+        row = max(1, out.nbytes // max(1, len(out)))
+        step = max(1, READ_BYTES // row)
+        for start in range(0, len(out), step):
+            rows = slice(start, min(start + step, len(out)))
+            ts.array(out[rows]).write(part[rows].translate_to[(0,) * part.rank]).result()
         return out
 
     def _place(self, leaf: hf_names.Leaf) -> Path:
@@ -310,23 +335,6 @@ class Store:
             )
             raise GptOssError(f"{self.folder}: {found[0]}{more}")
 
-    def checked(self, stored: Stored) -> Iterable[np.ndarray]:
-        """The pieces of an array; after the last one the checksum is compared with the manifest's.
-
-        Raises:
-          GptOssError: They differ.
-        """
-        checksum = 0
-        for _, piece in stored.pieces():
-            checksum = zlib.crc32(memoryview(piece.reshape(-1).view(np.uint8)), checksum)
-            yield piece
-        expected = self.manifest["tensors"][stored.name]["crc32"]
-        if f"{checksum:08x}" != expected:
-            raise GptOssError(
-                f"{self.folder}: {stored.name} has the checksum {checksum:08x}, the manifest says "
-                f"{expected}: the data is damaged, convert again"
-            )
-
 
 def open_store(folder: Path) -> Store:
     """Opens a folder in our layout.
@@ -345,10 +353,15 @@ def open_store(folder: Path) -> Store:
     layout, tensors = manifest.get("experts"), manifest.get("tensors")
     if layout not in ("mxfp4", "bfloat16") or not isinstance(tensors, dict):
         raise GptOssError(f"{folder / MANIFEST}: no valid 'experts' and 'tensors': convert again")
-    config = GptOssConfig.from_hf(read_json(folder / "config.json"))
+    config = read_config(folder)
     if not (folder / PARAMS / "_METADATA").exists():
         raise GptOssError(f"{folder}: {PARAMS}/ is no complete Orbax checkpoint: convert again")
     return Store(folder, layout, config, manifest, hf_names.leaves(config, layout))
+
+
+def crc32(array: np.ndarray, start: int = 0) -> int:
+    """Checksum of an array's bytes in C order, continued from `start`."""
+    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), start)
 
 
 def _dtype(name: str) -> np.dtype:

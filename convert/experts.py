@@ -1,0 +1,80 @@
+"""Experts packed and unpacked on the way from one checkpoint to another, an expert at a time."""
+
+import ml_dtypes
+import numpy as np
+
+from gptoss_jax import mxfp4
+from gptoss_jax.checkpoint.stored import Stored
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def unpack(arrays: list[Stored]) -> list[Stored]:
+    """MXFP4 experts as bfloat16, exactly; other arrays as they are.
+
+    Args:
+      arrays: A model with blocks and scales.
+
+    Returns:
+      The model with one array in the place of each pair.
+    """
+    by_path = {array.path: array for array in arrays}
+    found = []
+    for array in arrays:
+        if array.path[-1] == "blocks":
+            found.append(_unpacked(array, by_path[*array.path[:-1], "scales"]))
+        elif array.path[-1] != "scales":
+            found.append(array)
+    return found
+
+
+def _unpacked(blocks: Stored, scales: Stored) -> Stored:
+    def read(rows: slice) -> np.ndarray:
+        return mxfp4.unpack(blocks.read(rows), scales.read(rows)).astype(BF16)
+
+    shape = (*scales.shape[:-1], scales.shape[-1] * mxfp4.BLOCK)
+    return Stored(blocks.path[:-1], shape, BF16, read)
+
+
+def pack(arrays: list[Stored]) -> list[Stored]:
+    """bfloat16 experts as MXFP4 by the search of mxfp4.pack; other arrays as they are.
+
+    Args:
+      arrays: A model with unpacked experts.
+
+    Returns:
+      The model with blocks, then scales, in the place of each.
+    """
+    found = []
+    for array in arrays:
+        found += _packed(array) if array.path[-1] in ("gate_up", "down") else [array]
+    return found
+
+
+def _packed(array: Stored) -> list[Stored]:
+    """Blocks and scales of one array; the scales are remembered, since writers ask for all blocks first."""
+    scales: dict[int, np.ndarray] = {}
+    units = array.shape[-1] // mxfp4.BLOCK
+
+    def packed(row: int) -> mxfp4.MxTensor:
+        return mxfp4.pack(array.read(slice(row, row + 1)))
+
+    def read_blocks(rows: slice) -> np.ndarray:
+        found = []
+        for row in range(rows.start, rows.stop):
+            tensor = packed(row)
+            scales[row] = np.asarray(tensor.scales)
+            found.append(np.asarray(tensor.blocks))
+        return np.concatenate(found)
+
+    def read_scales(rows: slice) -> np.ndarray:
+        found = range(rows.start, rows.stop)
+        return np.concatenate(
+            [scales.pop(row) if row in scales else np.asarray(packed(row).scales) for row in found]
+        )
+
+    lead, uint8 = array.shape[:-1], np.dtype(np.uint8)
+    return [
+        Stored((*array.path, "blocks"), (*lead, units, mxfp4.BYTES), uint8, read_blocks),
+        Stored((*array.path, "scales"), (*lead, units), uint8, read_scales),
+    ]
