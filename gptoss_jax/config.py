@@ -139,7 +139,8 @@ class GptOssConfig:
             "sliding_window": self.sliding_window,
             "layer_types": list(self.layer_types),
             "rope_theta": self.rope_theta,
-            "rope_scaling": rope if self.rope_factor > 1 else None,
+            # without settings transformers 5 takes YaRN with factor 32
+            "rope_scaling": rope if self.rope_factor > 1 else {"rope_type": "default"},
             "max_position_embeddings": self.max_context,
             "initial_context_length": self.original_context,
             "swiglu_limit": self.swiglu_limit,
@@ -241,6 +242,8 @@ def _rope(raw: Mapping[str, Any], max_context: int) -> dict[str, Any]:
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is None:
         _refuse("rope_theta", None, "a positive number, beside or inside rope_parameters")
+    if not rope:  # plain rotary embedding to transformers 4, YaRN by 32 to transformers 5
+        _refuse(key, None, "YaRN's settings, or {'rope_type': 'default'}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     found: dict[str, Any] = {"rope_theta": _number(theta, "rope_theta")}
     if kind == "default":
