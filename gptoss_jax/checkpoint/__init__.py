@@ -16,7 +16,7 @@ from gptoss_jax.checkpoint.source import Source, open_source
 from gptoss_jax.checkpoint.stored import Stored, aligned, new_folder
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.hf_names import Leaf
+from gptoss_jax.hf_names import Leaf, leaves
 from gptoss_jax.hf_names import Path as ParamPath
 from gptoss_jax.mxfp4 import MxTensor
 
@@ -111,9 +111,27 @@ def save_params(
     from gptoss_jax.checkpoint import store
 
     arrays = stored_tree(params)
+    _check_complete(config, arrays)
     needed = sum(array.nbytes for array in arrays)
     with new_folder(Path(path).expanduser(), overwrite=overwrite, needed=needed) as folder:
         store.write(folder, config, arrays, source=source)
+
+
+def _check_complete(config: GptOssConfig, arrays: list[Stored]) -> None:
+    """Refuses to save what would not load."""
+    packed = any(array.path[-1] == "blocks" for array in arrays)
+    shapes = {array.path: array.shape for array in arrays}
+    for leaf in leaves(config, "mxfp4" if packed else "bfloat16"):
+        shape = shapes.pop(leaf.path, None)
+        if shape is None:
+            raise GptOssError(f"parameter {leaf.name} is missing: the tree is not of this config")
+        if shape != leaf.shape:
+            raise GptOssError(
+                f"parameter {leaf.name} has shape {shape}, the config asks for {leaf.shape}"
+            )
+    if shapes:
+        name = ".".join(map(str, min(shapes, key=str)))
+        raise GptOssError(f"parameter {name} is none of gpt-oss's: the tree is not of this config")
 
 
 def stored_tree(params: dict[str, Any]) -> list[Stored]:

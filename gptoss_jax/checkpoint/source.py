@@ -53,6 +53,14 @@ class Source:
         """Type in which the file holds a parameter."""
         return safetensors_file.DTYPES[self.tensors[leaf.tensor].dtype]
 
+    def entry(self, leaf: Leaf) -> tuple[str, tuple[int, ...], int] | None:
+        """Type, shape in our axes and bytes of a parameter; None if the files lack it."""
+        tensor = self.tensors.get(leaf.tensor)
+        if tensor is None:
+            return None
+        dtype = safetensors_file.DTYPES[tensor.dtype]
+        return dtype.name, leaf.shape, dtype.itemsize * leaf.size
+
     def read(self, leaf: Leaf, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a slice of a parameter, as stored, touching only the bytes of the slice.
 

@@ -176,10 +176,10 @@ def write(
 
 @contextlib.contextmanager
 def _quiet():
-    """Orbax warns that there is no OCDBT to merge; there is none on purpose."""
+    """Orbax warns that there is no OCDBT to merge (on purpose), and logs tracebacks of what it raises."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -245,6 +245,11 @@ class Store:
                 f"{self.folder}: {leaf.name} has the checksum {checksum:08x}, {MANIFEST} says "
                 f"{expected}: the data is damaged, convert again"
             )
+
+    def entry(self, leaf: hf_names.Leaf) -> tuple[str, tuple[int, ...], int] | None:
+        """Type, shape in our axes and bytes of a parameter; None if the manifest lacks it."""
+        found = self.manifest["tensors"].get(leaf.name)
+        return found and (found["dtype"], tuple(found["shape"]), found["bytes"])
 
     def dtype(self, leaf: hf_names.Leaf) -> np.dtype:
         """Type in which a parameter is stored."""
