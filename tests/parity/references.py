@@ -25,6 +25,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -59,27 +60,22 @@ def fetch(folder: Path | None = None) -> Path:
     folder = Path(folder or cache_folder())
     if (folder / "gpt_oss" / "torch" / "model.py").is_file():
         return folder
-    downloads = folder.with_name(f"{folder.name}.download")
-    downloads.mkdir(parents=True, exist_ok=True)
-    # The version and platform of the wheel's tags, not of this interpreter: nothing of it is
-    # installed or compiled.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += [
-        "--python-version",
-        "3.12",
-        "--only-binary=:all:",
-        "--dest",
-        str(downloads),
-        f"gpt-oss=={VERSION}",
-    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        _download(Path(work))
+        try:
+            os.replace(Path(work, "unpacked"), folder)
+        except OSError:  # another run was first
+            if not (folder / "gpt_oss").is_dir():
+                raise
+    return folder
+
+
+def _download(work: Path) -> None:
+    """Puts the torch reference into work/unpacked."""
+    # Tags of the wheel, not of this interpreter: nothing of it is installed or compiled.
+    options = ["--no-deps", "--python-version", "3.12", "--only-binary=:all:", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, f"gpt-oss=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -87,21 +83,14 @@ def fetch(folder: Path | None = None) -> Path:
             f"gpt-oss=={VERSION} cannot be downloaded ({last}): "
             f"set {VARIABLE} to a folder that holds gpt_oss/"
         )
-    wheel = downloads / f"gpt_oss-{VERSION}-py3-none-any.whl"
+    wheel = work / f"gpt_oss-{VERSION}-py3-none-any.whl"
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise OSError(
-            f"{wheel.name} has sha256 {digest}, expected {SHA256}: delete {downloads} and try again"
-        )
+        raise OSError(f"{wheel.name} has sha256 {digest}, expected {SHA256}: another file was sent")
     with zipfile.ZipFile(wheel) as archive:
-        members = [
-            name
-            for name in archive.namelist()
-            if name.startswith(("gpt_oss/torch/", "gpt_oss/__init__"))
-        ]
-        archive.extractall(downloads / "unpacked", members)
-    os.replace(downloads / "unpacked", folder)
-    return folder
+        wanted = ("gpt_oss/torch/", "gpt_oss/__init__")
+        members = [name for name in archive.namelist() if name.startswith(wanted)]
+        archive.extractall(work / "unpacked", members)
 
 
 def openai_module():
