@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_checkpoints as rc
+from gptoss_jax.convert import convert, export
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import checkpoint, tokenizer
 from gptoss_jax.checkpoint import safetensors_file, store, stored
-from gptoss_jax.convert import convert, export
 from gptoss_jax.errors import GptOssError
 
 CASE = rc.CASES[0]

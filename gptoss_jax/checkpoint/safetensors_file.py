@@ -7,8 +7,8 @@ Source: https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,7 +37,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_MAX_READ = 1 << 30
+_MAX_IO = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +107,17 @@ class Tensor:
         with open(self.file, "rb", buffering=0) as file:
             for where in np.ndindex(*out.shape[:outer]):
                 at = base + sum(i * stride for i, stride in zip(where, strides, strict=False))
-                self._fill(file.fileno(), memoryview(flat[where]), at)
+                self._fill(file, memoryview(flat[where]), at)
         return out
 
-    def _fill(self, descriptor: int, view: memoryview, at: int) -> None:
+    def _fill(self, file: io.RawIOBase, view: memoryview, at: int) -> None:
+        file.seek(at)
         done = 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done : done + _MAX_READ]], at + done)
+            count = file.readinto(view[done : done + _MAX_IO])
             if not count:
                 raise GptOssError(
-                    f"{self.file}: ended while {self.name!r} was read: the file changed or is damaged"
+                    f"{self.file}: ended while {self.name!r} was read: it changed or is damaged"
                 )
             done += count
 
@@ -227,4 +228,4 @@ def write(
 def _write_all(stream, data) -> None:
     view = memoryview(data)
     while view:
-        view = view[stream.write(view[:_MAX_READ]) :]
+        view = view[stream.write(view[:_MAX_IO]) :]
