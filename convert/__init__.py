@@ -1,7 +1,8 @@
-"""From one checkpoint to another: any layout to Orbax or to Hugging Face's, with memory bounded by a few pieces.
+"""From one checkpoint to another: any layout to Orbax or Hugging Face's, in bounded memory.
 
-Installed as gptoss_jax.convert. Knows what changes on the way (experts packed or unpacked, vocabulary pruned) and the order
-of work; the formats are those of gptoss_jax.checkpoint, the names those of gptoss_jax.hf_names.
+Installed as gptoss_jax.convert. Knows what changes on the way (experts packed or unpacked,
+vocabulary pruned) and the order of work; the formats are those of gptoss_jax.checkpoint, the names
+those of gptoss_jax.hf_names.
 """
 
 import shutil
@@ -44,16 +45,17 @@ def convert(
 ) -> Path:
     """Converts a checkpoint; the new folder appears whole or not at all.
 
-    MXFP4 bytes are copied as they are; bfloat16 experts are packed only when dtype is "mxfp4", and a notice says so.
-    Arrays of an Orbax source are compared with their checksums on the way, scales of other sources with NaN.
+    MXFP4 bytes are copied as they are; bfloat16 experts are packed only when dtype is "mxfp4", and
+    a notice says so. Arrays of an Orbax source are compared with their checksums on the way, scales
+    of other sources with NaN.
 
     Args:
       source: Local folder in any layout.
       target: Folder to make.
       to: "orbax" (ours) or "hf" (Hugging Face's layout).
       dtype: How the experts are held: "mxfp4" or "bfloat16"; None keeps the source's.
-      keep_tokens: File of o200k_harmony ids, one a line, that the vocabulary is pruned to; the 256 bytes and the harmony
-        control tokens are always kept.
+      keep_tokens: File of o200k_harmony ids, one a line, that the vocabulary is pruned to; the 256
+        bytes and the harmony control tokens are always kept.
       overwrite: Replace a checkpoint at the target.
       origin: What the manifest names as source; the folder when None.
       revision: The source's commit, for the manifest.

@@ -52,7 +52,7 @@ def pack(arrays: list[Stored]) -> list[Stored]:
 
 
 def _packed(array: Stored) -> list[Stored]:
-    """Blocks and scales of one array; the scales are remembered, since writers ask for all blocks first."""
+    """Blocks and scales of one array; scales are remembered, since writers ask for blocks first."""
     scales: dict[int, np.ndarray] = {}
     units = array.shape[-1] // mxfp4.BLOCK
 

@@ -1,4 +1,4 @@
-"""Hugging Face's layout, written as a stream: shards of at most 5 GB, index, config.json, generation_config.json."""
+"""Hugging Face's layout, written as a stream: shards of at most 5 GB, index and configs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ def write(
     Args:
       folder: From `new_folder`.
       config: The model's config.
-      arrays: Its parameters; blocks and scales make it the MXFP4 layout, otherwise experts are transposed to
-        [E, D, 2F] and [E, F, D].
+      arrays: Its parameters; blocks and scales make it the MXFP4 layout, otherwise experts are
+        transposed to [E, D, 2F] and [E, F, D].
       progress: Called with a parameter's name and bytes when it is written.
     """
     by_path = {array.path: array for array in arrays}

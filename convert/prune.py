@@ -1,4 +1,4 @@
-"""A smaller vocabulary: the rows of embedding and unembedding that are kept, and the config that goes with them."""
+"""A smaller vocabulary: the rows of both embeddings that are kept, and the config for them."""
 
 import dataclasses
 
@@ -23,7 +23,8 @@ def prune(
       kept: o200k_harmony ids of the source's rows if it is pruned already.
 
     Returns:
-      The config with the new vocabulary (eos and pad renumbered), the arrays, and the ids of the new rows.
+      The config with the new vocabulary (eos and pad renumbered), the arrays, and the ids of the
+      new rows.
 
     Raises:
       GptOssError: The source has no row for an id, or an eos or pad id is not kept.
@@ -62,7 +63,7 @@ def prune(
 
 
 def _selected(array: Stored, index: np.ndarray) -> Stored:
-    """An array of chosen rows, read through windows of the source, so that runs of rows cost one read."""
+    """An array of chosen rows, read through windows, so that runs of rows cost one read."""
 
     def read(rows: slice) -> np.ndarray:
         chosen = index[rows]

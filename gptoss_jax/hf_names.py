@@ -1,11 +1,12 @@
-"""The one table of tensor names: where each of our parameters lies in the three layouts of released checkpoints.
+"""The one table of tensor names: where each of our parameters lies in the three layouts.
 
-Layouts: "mxfp4" (Hugging Face, packed experts), "bfloat16" (Hugging Face, experts transposed to [E, D, 2F] and
-[E, F, D]), "original" (OpenAI's, fused qkv). Axes are written as letters (dims.py), merged axes as one word: a file's
-"NH D" is our NHD after a reshape, a file's "E D FP" is our EFPD after a reshape and a transposition. Knows names, shapes
-and dtypes; opens no file.
+Layouts: "mxfp4" (Hugging Face, packed experts), "bfloat16" (Hugging Face, experts transposed to [E,
+D, 2F] and [E, F, D]), "original" (OpenAI's, fused qkv). Axes are written as letters (dims.py),
+merged axes as one word: a file's "NH D" is our NHD after a reshape, a file's "E D FP" is our EFPD
+after a reshape and a transposition. Knows names, shapes and dtypes; opens no file.
 
-Source: openai/gpt-oss gpt_oss/torch/weights.py; transformers models/gpt_oss/convert_gpt_oss_weights_to_hf.py.
+Source: openai/gpt-oss gpt_oss/torch/weights.py; transformers
+models/gpt_oss/convert_gpt_oss_weights_to_hf.py.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from gptoss_jax.errors import GptOssError
 Layout = Literal["mxfp4", "bfloat16", "original"]
 Path = tuple[str | int, ...]
 
-# our path, the file's axes, Hugging Face's name, the original name. Rows that share an original tensor lie in it one
-# after another along its first axis (q, k, v).
+# our path, the file's axes, Hugging Face's name, the original name. Rows that share an original
+# tensor lie in it one after another along its first axis (q, k, v).
 _TOP = (
     ("embedding", "V D", "model.embed_tokens.weight", "embedding.weight"),
     ("norm", "D", "model.norm.weight", "norm.scale"),
@@ -112,7 +113,7 @@ class Leaf:
         return ordered.reshape(-1, *self.tensor_shape[1:])
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """Our order of axes from the file's: the inverse transposition, after the split of merged axes.
+        """Our order of axes from the file's, merged axes split already: the inverse transposition.
 
         Args:
           array: Array with axes `stored` (any slice of it).
@@ -124,7 +125,7 @@ class Leaf:
 
 
 def leaves(config: GptOssConfig, layout: Layout) -> tuple[Leaf, ...]:
-    """All arrays of a model and where a layout keeps them; MXFP4 experts are two leaves each, blocks and scales.
+    """All arrays of a model and where a layout keeps them; MXFP4 experts are blocks and scales.
 
     Args:
       config: Sizes.
@@ -195,6 +196,7 @@ def detect(names: Iterable[str]) -> Layout:
         return "bfloat16"
     example = f", for example {min(found)!r}" if found else ""
     raise GptOssError(
-        f"{len(found)} tensors{example}, none of them experts of gpt-oss: expected the names of Hugging Face's layout "
-        "(model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's original layout (block.0.mlp.mlp1_weight…)"
+        f"{len(found)} tensors{example}, none of them experts of gpt-oss: expected the names "
+        "of Hugging Face's layout (model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's "
+        "original layout (block.0.mlp.mlp1_weight…)"
     )

@@ -1,6 +1,7 @@
-"""From a model's name to a local folder: the model in the box, a folder, or a repository of the Hugging Face Hub.
+"""From a model's name to a local folder: the model in the box, a folder, or one of the Hub's.
 
-Knows which files of a repository a checkpoint needs and how the Hub fails; knows nothing of what is in the files.
+Knows which files of a repository a checkpoint needs and how the Hub fails; knows nothing of what is
+in the files.
 """
 
 import os
@@ -29,12 +30,13 @@ def resolve(
 ) -> Path:
     """Local folder of a checkpoint, downloaded if it is on the Hub and not yet in the Hub's cache.
 
-    A folder that exists wins over a Hub id of the same spelling. Only tensors, JSON, the chat template and licences are
-    downloaded, with progress bars on stderr and resumed where a download was cut off.
+    A folder that exists wins over a Hub id of the same spelling. Only tensors, JSON, the chat
+    template and licences are downloaded, with progress bars on stderr and resumed where a download
+    was cut off.
 
     Args:
-      source: "gpt-oss-tiny", a folder, a Hub id such as "openai/gpt-oss-20b", or "openai/gpt-oss-20b/original" for
-        OpenAI's own layout in the same repository.
+      source: "gpt-oss-tiny", a folder, a Hub id such as "openai/gpt-oss-20b", or
+        "openai/gpt-oss-20b/original" for OpenAI's own layout in the same repository.
       revision: Branch, tag or commit on the Hub; the main branch when None.
       offline: Use only the cache; when None, the environment variable HF_HUB_OFFLINE decides.
 
@@ -42,8 +44,8 @@ def resolve(
       The folder.
 
     Raises:
-      GptOssError: There is no such folder or repository or revision, access is refused, or the network does not answer
-        and the cache does not hold it.
+      GptOssError: There is no such folder or repository or revision, access is refused, or the
+        network does not answer and the cache does not hold it.
     """
     folder = Path(source).expanduser()
     hub_id = _HUB_ID.fullmatch(str(source))
@@ -64,7 +66,7 @@ def resolve(
 
 
 def provenance(source: str | os.PathLike[str], folder: Path) -> tuple[str, str | None]:
-    """Where a resolved folder came from, for a manifest: the source as given, and the commit if it is the Hub's.
+    """Where a resolved folder came from, for a manifest: the source, and the Hub's commit.
 
     Args:
       source: What `resolve` was given.
@@ -92,7 +94,8 @@ def _download(repo: str, original: bool, revision: str | None, offline: bool | N
         )
     except errors.GatedRepoError:
         raise GptOssError(
-            f"{repo}: access has to be granted first: visit {constants.ENDPOINT}/{repo} and set HF_TOKEN"
+            f"{repo}: access has to be granted first: visit {constants.ENDPOINT}/{repo} and set "
+            "HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise GptOssError(f"{repo}: the Hub has no revision {revision!r} of it") from None
@@ -114,11 +117,12 @@ def _download(repo: str, original: bool, revision: str | None, offline: bool | N
     except OSError as error:
         if "No space left" in str(error):
             raise GptOssError(
-                f"{repo}: the disk of {constants.HF_HUB_CACHE} is full: free space or set HF_HOME elsewhere"
+                f"{repo}: the disk of {constants.HF_HUB_CACHE} is full: free space or set HF_HOME "
+                "elsewhere"
             ) from error
         raise _unreachable(repo, at) from error
     except Exception as error:
-        # httpx's connection errors are no OSError, and its name differs between versions of the library.
+        # Connection errors of httpx are no OSError; older versions of the library use requests.
         if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
             raise _unreachable(repo, at) from error
         raise
@@ -129,6 +133,6 @@ def _unreachable(repo: str, at: str) -> GptOssError:
     from huggingface_hub import constants
 
     return GptOssError(
-        f"{repo}{at}: {constants.ENDPOINT} does not answer and the cache {constants.HF_HUB_CACHE} does not hold it: "
-        "check the network, or give a local folder"
+        f"{repo}{at}: {constants.ENDPOINT} does not answer and the cache {constants.HF_HUB_CACHE} "
+        "does not hold it: check the network, or give a local folder"
     )

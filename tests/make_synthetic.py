@@ -1,7 +1,7 @@
-"""Writes a checkpoint of random numbers with the real names, of any size up to the full one, for measurements.
+"""Writes a random checkpoint with the real names, of any size up to the full one, to measure.
 
-    python tests/make_synthetic.py /tmp/20b                      # 13.8 GB, as fast as the disk writes
-    python tests/make_synthetic.py /tmp/bf16 --layout bfloat16 --layers 2
+    python tests/make_synthetic.py /tmp/20b                      # 13.8 GB, as fast as the disk
+    writes python tests/make_synthetic.py /tmp/bf16 --layout bfloat16 --layers 2
 
 Values come from one random buffer, repeated: statistics are plausible, and it costs no time.
 """

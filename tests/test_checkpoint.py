@@ -1,4 +1,4 @@
-"""Reading checkpoints: values against whole tensors read by the safetensors library, and every refusal's message."""
+"""Reading checkpoints, against the safetensors library, and every refusal's message."""
 
 import json
 import re
@@ -246,7 +246,8 @@ def test_index_that_points_outside(folder, name):
 def test_missing_and_surplus_tensors(folder):
     _change(folder, model__layers__1__self_attn__sinks=None)
     assert _refusal(folder) == (
-        f"{folder}: tensor 'model.layers.1.self_attn.sinks' is missing: the checkpoint is incomplete, "
+        f"{folder}: tensor 'model.layers.1.self_attn.sinks' is missing: the checkpoint is "
+        "incomplete, "
         "download it again"
     )
     _change(folder, model__norm__weight=None)
@@ -264,12 +265,14 @@ def test_missing_and_surplus_tensors(folder):
 def test_wrong_shape_and_wrong_type(folder):
     _change(folder, model__norm__weight=np.ones(CASE.hidden + 1, np.float32))
     assert _refusal(folder) == (
-        f"{folder}: tensor 'model.norm.weight' in model.safetensors has shape ({CASE.hidden + 1},), "
+        f"{folder}: tensor 'model.norm.weight' in model.safetensors has shape "
+        f"({CASE.hidden + 1},), "
         f"config.json asks for ({CASE.hidden},): the two do not belong together"
     )
     _change(folder, model__norm__weight=np.ones(CASE.hidden, np.float16))
     assert _refusal(folder) == (
-        f"{folder}: tensor 'model.norm.weight' in model.safetensors has type F16, expected BF16 or F32"
+        f"{folder}: tensor 'model.norm.weight' in model.safetensors has type F16, expected BF16 or "
+        "F32"
     )
     _change(folder, model__norm__weight=np.ones(CASE.hidden, np.float32))
     _, params = load_params(folder)
@@ -282,7 +285,8 @@ def test_config_of_another_model(folder):
     message = _refusal(folder)
     assert message.startswith(
         f"{folder}: tensor 'model.layers.0.mlp.router.weight' in model.safetensors has shape "
-        f"({CASE.experts}, {CASE.hidden}), config.json asks for ({CASE.experts + 1}, {CASE.hidden}): "
+        f"({CASE.experts}, {CASE.hidden}), config.json asks for ({CASE.experts + 1}, "
+        f"{CASE.hidden}): "
         "the two do not belong together ("
     )
     config = rc.hf_config(CASE) | {
@@ -304,7 +308,8 @@ def test_folders_that_hold_no_checkpoint(folder, tmp_path):
     assert _refusal(empty) == f"{empty}: no *.safetensors file"
     (empty / "original").mkdir()
     assert _refusal(empty) == (
-        f"{empty}: no *.safetensors file; {empty / 'original'} holds OpenAI's layout: give that folder"
+        f"{empty}: no *.safetensors file; {empty / 'original'} holds OpenAI's layout: give that "
+        "folder"
     )
     (empty / "config.json").write_text("{")
     assert f"{empty / 'config.json'}: not JSON (" in _refusal(empty)
@@ -313,7 +318,8 @@ def test_folders_that_hold_no_checkpoint(folder, tmp_path):
 def test_a_tensor_in_two_files(folder):
     save_file({"lm_head.weight": np.zeros(2, np.float32)}, folder / "other.safetensors")
     assert _refusal(folder) == (
-        f"{folder}: tensor 'lm_head.weight' is in model.safetensors and in other.safetensors: remove one"
+        f"{folder}: tensor 'lm_head.weight' is in model.safetensors and in other.safetensors: "
+        "remove one"
     )
 
 
@@ -337,7 +343,8 @@ def test_damaged_orbax_folders(orbax):
     data = chunk.read_bytes()
     chunk.write_bytes(data[:-10])
     assert _refusal(orbax) == (
-        f"{orbax}: embedding: params/embedding/0.0 has {len(data) - 10} bytes, expected {len(data)}: "
+        f"{orbax}: embedding: params/embedding/0.0 has {len(data) - 10} bytes, expected "
+        f"{len(data)}: "
         "convert again"
     )
     chunk.unlink()  # zarr reads a missing chunk as zeros

@@ -1,4 +1,4 @@
-"""Conversion: bytes that come back, what an interruption leaves, pruned vocabularies, and Orbax reading what we wrote."""
+"""Conversion: bytes that come back, what interruptions leave, pruning, Orbax reading it."""
 
 import errno
 import json
@@ -129,7 +129,7 @@ def test_manifest_says_where_from_and_what(folders):
 
 
 def test_orbax_itself_restores_it_sharded(folders):
-    """What we wrote is a real Orbax checkpoint: its own loader gives the same arrays, on any mesh, cast."""
+    """It is a real Orbax checkpoint: Orbax's own loader gives the same arrays on any mesh, cast."""
     config, expected = checkpoint.load_params(folders["orbax"], dtype=jnp.float32)
     del config
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -148,9 +148,8 @@ def test_orbax_itself_restores_it_sharded(folders):
 
 def test_sharded_load_reads_only_the_chunks_of_its_experts(tmp_path, monkeypatch):
     """Experts over eight devices: the bytes that one slice asks for lie in chunks of their own."""
-    assert store.chunk_shape(("layers", 0, "mlp", "gate_up", "blocks"), (32, 2880, 2, 90, 16), 1) == (
-        1, 2880, 2, 90, 16,
-    )  # fmt: skip
+    blocks = ("layers", 0, "mlp", "gate_up", "blocks")
+    assert store.chunk_shape(blocks, (32, 2880, 2, 90, 16), 1) == (1, 2880, 2, 90, 16)
     assert store.chunk_shape(("layers", 0, "mlp", "down", "scales"), (32, 2880, 90), 1)[0] == 4
     assert store.chunk_shape(("layers", 0, "mlp", "gate_up"), (32, 2880, 2, 2880), 2)[0] == 1
     assert store.chunk_shape(("embedding",), (201088, 2880), 2) == (1571, 2880)
@@ -173,7 +172,8 @@ def test_orbax_loads_to_the_same_as_its_source(folders, kind):
     if kind == "float32":
         arguments = {"dtype": jnp.float32}
     else:
-        mesh = jax.make_mesh((3,), ("x",), devices=jax.devices()[:3], axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((3,), ("x",), devices=jax.devices()[:3], axis_types=auto)
         rules = {"N": "x", "F": "x"}
 
         def shardings(path, letters):
@@ -330,7 +330,10 @@ def test_scale_255_is_refused(tmp_path):
     tensors[name] = tensors[name].copy()
     tensors[name][2, 5, 1] = 255
     save_file(tensors, folder / "model.safetensors")
-    message = f"{name}: scale 255 (NaN in MXFP4) at (2, 5, 1): the checkpoint is damaged, download it again"
+    message = (
+        f"{name}: scale 255 (NaN in MXFP4) at (2, 5, 1): the checkpoint is damaged, "
+        "download it again"
+    )
     for attempt in (checkpoint.load_params, lambda path: convert(path, tmp_path / "orbax")):
         with pytest.raises(GptOssError) as error:
             attempt(folder)

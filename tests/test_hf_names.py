@@ -1,4 +1,4 @@
-"""The table of names against the independent list of published names, and reading against numpy on whole tensors."""
+"""The table of names against an independent list of the published names."""
 
 import numpy as np
 import pytest
@@ -82,8 +82,10 @@ def test_unknown_names_and_layouts_are_refused():
     with pytest.raises(GptOssError) as error:
         hf_names.detect(["model.layers.0.mlp.gate_proj.weight", "lm_head.weight"])
     assert str(error.value) == (
-        "2 tensors, for example 'lm_head.weight', none of them experts of gpt-oss: expected the names of Hugging Face's "
-        "layout (model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's original layout (block.0.mlp.mlp1_weight…)"
+        "2 tensors, for example 'lm_head.weight', none of them experts of gpt-oss: expected the "
+        "names of Hugging Face's "
+        "layout (model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's original layout "
+        "(block.0.mlp.mlp1_weight…)"
     )
     with pytest.raises(
         GptOssError, match="no checkpoint layout 'gguf': use one of 'mxfp4', 'bfloat16', 'original'"

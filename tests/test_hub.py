@@ -1,4 +1,4 @@
-"""Names to folders, against a small Hub served on loopback that the real client library talks to."""
+"""Names to folders, against a small Hub on loopback that the real client library talks to."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ COMMIT, OLDER = "a" * 40, "b" * 40
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Enough of the Hub's protocol for snapshot_download: repository info, file list, HEAD and GET of files."""
+    """Enough of the Hub's protocol for snapshot_download: repository, tree, HEAD and GET."""
 
     protocol_version = "HTTP/1.1"
 
@@ -102,7 +102,7 @@ def served(tmp_path_factory):
 
 
 def _resolve(endpoint, cache, source, **arguments):
-    """Runs hub.resolve in a process of its own, since the client reads HF_ENDPOINT when it is imported."""
+    """Runs hub.resolve in a process of its own: the client reads HF_ENDPOINT at import."""
     code = (
         "import sys, json\n"
         "from gptoss_jax import hub\n"
@@ -161,7 +161,8 @@ def test_unknown_repository_and_revision(served, tmp_path):
 def test_no_network(tmp_path):
     endpoint = "http://127.0.0.1:9"  # discard: nothing listens
     assert _resolve(endpoint, tmp_path, "openai/gpt-oss-20b") == (
-        f"openai/gpt-oss-20b: {endpoint} does not answer and the cache {tmp_path} does not hold it: "
+        f"openai/gpt-oss-20b: {endpoint} does not answer and the cache {tmp_path} does not hold "
+        "it: "
         "check the network, or give a local folder"
     )
     assert _resolve(endpoint, tmp_path, "openai/gpt-oss-20b", offline=True) == (

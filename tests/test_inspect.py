@@ -1,4 +1,4 @@
-"""`gptoss inspect`: what it says of sound and of damaged checkpoints, and that it reads no data unless asked to."""
+"""`gptoss inspect`: what it says of sound and damaged checkpoints, without reading their data."""
 
 import json
 
@@ -66,11 +66,14 @@ def test_missing_and_surplus_are_listed(tmp_path, capsys):
     assert main(["inspect", str(folder)]) == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem")]
     assert problems == [
-        "problem: tensor 'block.1.attn.sinks' is missing: the checkpoint is incomplete, download it again",
-        f"problem: tensor 'norm.scale' in model.safetensors has shape (7,), config.json asks for ({CASE.hidden},): "
+        "problem: tensor 'block.1.attn.sinks' is missing: the checkpoint is incomplete, download "
+        "it again",
+        "problem: tensor 'norm.scale' in model.safetensors has shape (7,), config.json asks for "
+        f"({CASE.hidden},): "
         "the two do not belong together",
         "problem: tensor 'norm.scale' in model.safetensors has type F16, expected BF16 or F32",
-        "problem: tensor 'block.0.attn.q_norm' in model.safetensors is none of gpt-oss's: this is another model",
+        "problem: tensor 'block.0.attn.q_norm' in model.safetensors is none of gpt-oss's: this is "
+        "another model",
     ]
 
 

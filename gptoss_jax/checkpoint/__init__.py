@@ -1,7 +1,8 @@
 """From a folder to (config, params) and back: safetensors in three layouts, and Orbax.
 
-Reads per shard: a process touches only the bytes of the slices it holds. Knows the parameter tree and files; knows no
-network, no mesh (it is given shardings) and nothing of what the parameters compute.
+Reads per shard: a process touches only the bytes of the slices it holds. Knows the parameter tree
+and files; knows no network, no mesh (it is given shardings) and nothing of what the parameters
+compute.
 """
 
 from collections.abc import Callable
@@ -40,18 +41,20 @@ def load_params(
     Floating point parameters are cast to `dtype`; MXFP4 experts stay packed, as MxTensor.
 
     Args:
-      path: Local folder: Hugging Face's layout (MXFP4 or bfloat16), OpenAI's original one, or ours (Orbax).
+      path: Local folder: Hugging Face's layout (MXFP4 or bfloat16), OpenAI's original one, or ours
+        (Orbax).
       dtype: bfloat16 or float32.
-      shardings: Called with a parameter's path and letters, for example (("layers", 0, "mlp", "gate_up", "blocks"),
-        "EFPUY"); gives its sharding. None puts everything on the default device.
+      shardings: Called with a parameter's path and letters, for example (("layers", 0, "mlp",
+        "gate_up", "blocks"), "EFPUY"); gives its sharding. None puts everything on the default
+        device.
       progress: Called with a parameter's name and its bytes after each one is there.
 
     Returns:
       The config and the parameter tree.
 
     Raises:
-      GptOssError: The folder holds no checkpoint, or a damaged one; nothing has been put on a device then, unless a
-        scale turns out to be NaN or a file changes while it is read.
+      GptOssError: The folder holds no checkpoint, or a damaged one; nothing has been put on a
+        device then, unless a scale turns out to be NaN or a file changes while it is read.
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
@@ -178,7 +181,7 @@ def _join(node):
 def _place(
     opened: "Source | Store", leaf: Leaf, dtype: np.dtype, shardings: Shardings | None
 ) -> jax.Array:
-    """One parameter on its devices; each process reads the slices of its own devices, each slice once."""
+    """One parameter on its devices; a process reads the slices of its own, each once."""
     if shardings is None:
         return jax.device_put(_ready(opened.read(leaf), dtype)).block_until_ready()
     read: dict[str, np.ndarray] = {}

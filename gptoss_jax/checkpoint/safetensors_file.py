@@ -1,7 +1,8 @@
-"""The safetensors file format, read in slices and written as a stream, with memory bounded by what is asked for.
+"""The safetensors file format, read in slices and written as a stream, in bounded memory.
 
-The safetensors library maps whole files (every page read counts as resident memory) and writes only what is in memory
-as a whole; here a slice costs its own bytes. Knows the format; knows no model, no names.
+The safetensors library maps whole files (every page read counts as resident memory) and writes only
+what is in memory as a whole; here a slice costs its own bytes. Knows the format; knows no model, no
+names.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -140,8 +141,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise GptOssError(
-                    f"{file}: a header of {length} bytes in a file of {size}: truncated, or not a safetensors file; "
-                    "download it again"
+                    f"{file}: a header of {length} bytes in a file of {size}: truncated, or not a "
+                    "safetensors file; download it again"
                 )
             raw = json.loads(stream.read(length))
             raw.pop("__metadata__", None)
@@ -158,8 +159,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     for tensor in sorted(found.values(), key=lambda tensor: tensor.offset):
         if tensor.offset != end:
             raise GptOssError(
-                f"{file}: tensor {tensor.name!r} starts at byte {tensor.offset}, expected {end}: damaged header, "
-                "download it again"
+                f"{file}: tensor {tensor.name!r} starts at byte {tensor.offset}, expected {end}: "
+                "damaged header, download it again"
             )
         end += tensor.nbytes
     if size != end:
@@ -181,8 +182,8 @@ def _tensor(file: Path, name: str, entry: dict, data: int) -> Tensor:
     expected = DTYPES[entry["dtype"]].itemsize * int(np.prod(shape, dtype=object))
     if end - begin != expected or min((begin, *shape)) < 0:
         raise GptOssError(
-            f"{file}: tensor {name!r} of type {entry['dtype']} and shape {shape} needs {expected} bytes, its offsets "
-            f"hold {end - begin}: damaged header, download it again"
+            f"{file}: tensor {name!r} of type {entry['dtype']} and shape {shape} needs {expected} "
+            f"bytes, its offsets hold {end - begin}: damaged header, download it again"
         )
     return Tensor(file, name, entry["dtype"], shape, data + begin, expected)
 

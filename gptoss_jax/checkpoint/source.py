@@ -1,4 +1,4 @@
-"""Checkpoints made of safetensors files: layout detection, what is missing or wrong, and reading a parameter's slice.
+"""Checkpoints made of safetensors files: their layout, what is wrong with them, and their slices.
 
 Knows the files of a folder and the table of names; makes no jax arrays and knows nothing of Orbax.
 """
@@ -98,7 +98,7 @@ class Source:
         ]
 
     def problems(self) -> list[str]:
-        """What keeps the checkpoint from being loaded, one line each: missing, surplus, wrong shape, wrong type."""
+        """What keeps it from being loaded, one line each: missing, surplus, wrong shape or type."""
         found = []
         expected = {leaf.tensor: leaf for leaf in self.leaves}
         for name, leaf in expected.items():
@@ -111,16 +111,18 @@ class Source:
             wanted = ("U8",) if leaf.packed else _FLOATS
             if tensor.shape != leaf.tensor_shape:
                 found.append(
-                    f"tensor {name!r} in {tensor.file.name} has shape {tensor.shape}, config.json asks for "
-                    f"{leaf.tensor_shape}: the two do not belong together"
+                    f"tensor {name!r} in {tensor.file.name} has shape {tensor.shape}, config.json "
+                    f"asks for {leaf.tensor_shape}: the two do not belong together"
                 )
             if tensor.dtype not in wanted:
                 found.append(
-                    f"tensor {name!r} in {tensor.file.name} has type {tensor.dtype}, expected {' or '.join(wanted)}"
+                    f"tensor {name!r} in {tensor.file.name} has type {tensor.dtype}, expected "
+                    f"{' or '.join(wanted)}"
                 )
         for name in self.surplus():
             found.append(
-                f"tensor {name!r} in {self.tensors[name].file.name} is none of gpt-oss's: this is another model"
+                f"tensor {name!r} in {self.tensors[name].file.name} is none of gpt-oss's: "
+                "this is another model"
             )
         return found
 
@@ -146,7 +148,7 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder of safetensors files: reads config.json, the index if there is one, and the headers.
+    """Opens a folder of safetensors files: reads config.json, the index, if any, and headers.
 
     Args:
       folder: A local folder in one of the three layouts.
@@ -155,8 +157,8 @@ def open_source(folder: Path) -> Source:
       The opened checkpoint; its `check` has not been called.
 
     Raises:
-      GptOssError: There is no config or no tensor file, a shard is missing or damaged, the index points outside the
-        folder, a tensor is there twice, or the names are of another model.
+      GptOssError: There is no config or no tensor file, a shard is missing or damaged, the index
+        points outside the folder, a tensor is there twice, or the names are of another model.
     """
     config = read_config(folder)
     tensors: dict[str, Tensor] = {}
@@ -164,7 +166,8 @@ def open_source(folder: Path) -> Source:
         for name, tensor in safetensors_file.read_header(file).items():
             if name in tensors:
                 raise GptOssError(
-                    f"{folder}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}: remove one"
+                    f"{folder}: tensor {name!r} is in {tensors[name].file.name} and in "
+                    f"{file.name}: remove one"
                 )
             tensors[name] = tensor
     layout = detect(tensors)
@@ -194,14 +197,15 @@ def _files(folder: Path) -> list[Path]:
             or not name.endswith(".safetensors")
         ):
             raise GptOssError(
-                f"{folder / INDEX}: tensor {tensor!r} points to {name!r}: expected the name of a .safetensors file in the "
-                "same folder"
+                f"{folder / INDEX}: tensor {tensor!r} points to {name!r}: expected the "
+                "name of a .safetensors file in the same folder"
             )
     names = sorted(set(weights.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise GptOssError(
-            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}): download it again"
+            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}): "
+            "download it again"
         )
     return [folder / name for name in names]
 
@@ -209,7 +213,8 @@ def _files(folder: Path) -> list[Path]:
 def read_config(folder: Path) -> GptOssConfig:
     """Config of a folder; the end-of-sequence ids are generation_config.json's where it has them.
 
-    config.json of the released models names one of three: a model that did not stop at the others would run on.
+    config.json of the released models names one of three: a model that did not stop at the others
+    would run on.
 
     Raises:
       GptOssError: config.json is missing or asks for what the model does not do.

@@ -1,13 +1,14 @@
-"""Our own layout on disk: an Orbax checkpoint of the parameter tree, config.json and a manifest beside it.
+"""Our own layout on disk: an Orbax checkpoint of the parameter tree, a config and a manifest.
 
     config.json     Hugging Face's spelling
     manifest.json   source, revision, and shape, type, bytes and crc32 of every array
-    params/         Orbax: one uncompressed zarr array a parameter, in chunks that divide experts and rows
+    params/         Orbax: one uncompressed zarr array a parameter, experts in chunks of their own
     kept_tokens.txt if the vocabulary is pruned
 
-zlib's crc32 is the checksum: 7 GB/s, faster than any disk, and made for damage, which is what it has to find. zstd saves
-nothing on MXFP4 bytes (they are noise) and costs time. OCDBT is off: it took three times as long and 2 GiB of memory to
-write, and a plain zarr array is read by many programs.
+zlib's crc32 is the checksum: 7 GB/s, faster than any disk, and made for damage, which is what it
+has to find. zstd saves nothing on MXFP4 bytes (they are noise) and costs time. OCDBT is off: it
+took three times as long and 2 GiB of memory to write, and a plain zarr array is read by many
+programs.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ Progress = Callable[[str, int], None]
 
 
 def chunk_shape(path: hf_names.Path, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Shape of an array's chunks: at most 10 MB, experts in at least eight parts, rows divided evenly if possible.
+    """Shape of an array's chunks: at most 10 MB, experts in eight parts or more, even rows.
 
     A host that holds one eighth of the experts then reads one eighth of the bytes.
     """
@@ -60,7 +61,7 @@ def chunk_shape(path: hf_names.Path, shape: tuple[int, ...], itemsize: int) -> t
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
-    """Writes Stored leaves as Orbax writes numpy arrays, but reads them only then, a piece at a time."""
+    """Writes Stored leaves as Orbax writes numpy arrays, but reads them only then, piecewise."""
 
     def __init__(self, progress: Progress | None):
         super().__init__()
@@ -128,7 +129,7 @@ def write(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a checkpoint into an empty folder, the manifest last; memory is bounded by a few pieces of 64 MB.
+    """Writes a checkpoint into an empty folder, manifest last, in the memory of a few 64 MB pieces.
 
     Args:
       folder: From `new_folder`.
@@ -176,7 +177,7 @@ def write(
 
 @contextlib.contextmanager
 def _quiet():
-    """Orbax warns that there is no OCDBT to merge (on purpose), and logs tracebacks of what it raises."""
+    """Orbax warns that there is no OCDBT (on purpose), and logs tracebacks of what it raises."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -215,7 +216,7 @@ class Store:
     leaves: tuple[hf_names.Leaf, ...]
 
     def arrays(self) -> list[Stored]:
-        """All parameters, to be read piece by piece; one read in order to its end is compared with its checksum."""
+        """All parameters, to be read piecewise; one read to its end is compared with its crc32."""
         return [
             Stored(leaf.path, leaf.shape, self.dtype(leaf), self._rows(leaf))
             for leaf in self.leaves
@@ -256,9 +257,10 @@ class Store:
         return _dtype(self.manifest["tensors"][leaf.name]["dtype"])
 
     def read(self, leaf: hf_names.Leaf, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Reads a slice of a parameter; chunks are read in parallel, and only those that the slice touches.
+        """Reads a slice of a parameter: in parallel the chunks that the slice touches, no others.
 
-        Not by Orbax's own restore: on a CPU that took 2.5 times the model in memory, this takes the slice and 0.3 GB.
+        Not by Orbax's own restore: on a CPU that took 2.5 times the model in memory, this takes the
+        slice and 0.3 GB.
 
         Args:
           leaf: The parameter.
@@ -289,7 +291,7 @@ class Store:
         return [name for name in self.manifest["tensors"] if name not in known]
 
     def problems(self) -> list[str]:
-        """What keeps the checkpoint from being loaded, one line each; looks at sizes of files, reads no data."""
+        """What keeps it from being loaded, one line each; looks at files' sizes, reads no data."""
         found = []
         for leaf in self.leaves:
             entry = self.manifest["tensors"].get(leaf.name)
@@ -297,8 +299,8 @@ class Store:
                 found.append(f"{leaf.name} is missing from {MANIFEST}: convert again")
             elif tuple(entry["shape"]) != leaf.shape:
                 found.append(
-                    f"{leaf.name} has shape {tuple(entry['shape'])} in {MANIFEST}, config.json asks for "
-                    f"{leaf.shape}: the two do not belong together"
+                    f"{leaf.name} has shape {tuple(entry['shape'])} in {MANIFEST}, config.json "
+                    f"asks for {leaf.shape}: the two do not belong together"
                 )
             elif leaf.packed != (entry["dtype"] == "uint8"):
                 wanted = "uint8" if leaf.packed else "bfloat16 or float32"
@@ -308,7 +310,7 @@ class Store:
         return found + [f"{name} is none of gpt-oss's parameters" for name in self.surplus()]
 
     def _damage(self, leaf: hf_names.Leaf) -> str | None:
-        """What is wrong with an array's files, or None; Orbax would read a missing chunk as zeros."""
+        """What is wrong with an array's files, or None; a missing chunk would be read as zeros."""
         folder = self._place(leaf)
         if not (folder / ".zarray").exists():
             return f"{leaf.name}: {PARAMS}/{leaf.name} is missing: convert again"

@@ -1,4 +1,4 @@
-"""What every checkpoint offers to a reader that must not hold it in memory, and how a folder appears at once.
+"""Parameters at rest, read a piece at a time, and folders that appear whole or not at all.
 
 Knows parameters as rows on disk; knows no file format and no devices.
 """
@@ -64,7 +64,7 @@ class Stored:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that starts at a multiple of 64 bytes: JAX's CPU client takes it without a copy."""
+    """An uninitialised array at a multiple of 64 bytes: the CPU client takes it without a copy."""
     nbytes = np.dtype(dtype).itemsize * int(np.prod(shape))
     buffer = np.empty(nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -99,8 +99,8 @@ def new_folder(target: Path, *, overwrite: bool = False, needed: int = 0) -> Ite
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise GptOssError(
-                f"{target}: {needed / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB free: "
-                "free some or write elsewhere"
+                f"{target}: {needed / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB "
+                "free: free some or write elsewhere"
             )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -1,6 +1,7 @@
 """Convert a checkpoint of any layout to Orbax, or any to Hugging Face's layout, in bounded memory.
 
-MXFP4 experts are copied byte for byte unless --dtype asks for bfloat16. An interrupted conversion leaves nothing behind.
+MXFP4 experts are copied byte for byte unless --dtype asks for bfloat16. An interrupted conversion
+leaves nothing behind.
 """
 
 import dataclasses
@@ -18,15 +19,15 @@ class Arguments:
     """Options of `gptoss convert`."""
 
     source: tyro.conf.Positional[str]
-    """A folder in any layout, a Hub id such as openai/gpt-oss-20b (with /original for that layout), or gpt-oss-tiny."""
+    """A folder in any layout, a Hub id (openai/gpt-oss-20b, or with /original), or gpt-oss-tiny."""
     target: tyro.conf.Positional[Path]
     """Folder to make."""
     to: Literal["orbax", "hf"] = "orbax"
-    """orbax: one checkpoint for inference and training on any mesh. hf: for transformers, vLLM and others."""
+    """orbax: for inference and training on any mesh. hf: for transformers, vLLM and others."""
     dtype: Literal["mxfp4", "bfloat16"] | None = None
     """How experts are held; by default as in the source."""
     keep_tokens: Path | None = None
-    """File of o200k_harmony token ids, one a line: the vocabulary is pruned to them, the 256 bytes and harmony's own."""
+    """Prune the vocabulary to this file's o200k_harmony ids (one a line), bytes and controls."""
     overwrite: bool = False
     """Replace a checkpoint at the target."""
     revision: str | None = None

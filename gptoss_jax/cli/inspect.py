@@ -1,6 +1,7 @@
-"""Show what a checkpoint holds: names, types, shapes and sizes, and what is missing, surplus or damaged.
+"""Show what a checkpoint holds: names, types, shapes, sizes, what is missing, surplus or damaged.
 
-Reads headers only, in any layout, unless --verify is given. Exit code 1 if the checkpoint could not be loaded.
+Reads headers only, in any layout, unless --verify is given. Exit code 1 if the checkpoint could not
+be loaded.
 """
 
 import dataclasses
@@ -48,8 +49,9 @@ def describe(folder, *, verify: bool = False) -> dict[str, Any]:
       verify: Read all data and check it; otherwise only headers are read.
 
     Returns:
-      layout, source and revision (Orbax), config, total_bytes, parameters (values, not counting scales), tensors (path,
-      letters, tensor in the file, dtype, shape, bytes) and problems (sentences; empty if it can be loaded).
+      layout, source and revision (Orbax), config, total_bytes, parameters (values, not counting
+      scales), tensors (path, letters, tensor in the file, dtype, shape, bytes) and problems
+      (sentences; empty if it can be loaded).
 
     Raises:
       GptOssError: The folder holds no checkpoint, or its files cannot be understood.
