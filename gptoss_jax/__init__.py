@@ -1,4 +1,6 @@
-"""OpenAI's gpt-oss models in JAX and Flax. Names are imported when first used: importing the package loads nothing."""
+"""OpenAI's gpt-oss models in JAX and Flax. Names are imported when first used: importing the
+package loads nothing.
+"""
 
 import importlib
 

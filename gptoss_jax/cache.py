@@ -1,8 +1,8 @@
 """The KV cache: a ring of `sliding_window` slots for sliding layers, all positions for full layers.
 
-An explicit pytree, argument and result of the network and donated by the jitted steps. Keys are rotated before they
-are stored, so that the order of slots means nothing. Position p lives in slot p (full) or p % window (ring), and what
-a slot holds follows from the length alone.
+An explicit pytree, argument and result of the network and donated by the jitted steps. Keys are
+rotated before they are stored, so that the order of slots means nothing. Position p lives in slot p
+(full) or p % window (ring), and what a slot holds follows from the length alone.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.sharding import constrain as constrain_array
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,8 @@ def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat
     """
     if not 0 < capacity <= config.max_context:
         raise GptOssError(
-            f"cache of {capacity} tokens asked for: the model's context is 1 to {config.max_context}"
+            f"cache of {capacity} tokens asked for: "
+            f"the model's context is 1 to {config.max_context}"
         )
 
     def zeros():
@@ -60,6 +62,13 @@ def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat
         )
 
     return KVCache(zeros(), zeros(), jnp.zeros(batch, jnp.int32))
+
+
+def constrain(cache: KVCache) -> KVCache:
+    """The cache held to its place on the context's mesh; itself without one."""
+    keys = tuple(constrain_array(x, "BSKH") for x in cache.keys)
+    values = tuple(constrain_array(x, "BSKH") for x in cache.values)
+    return KVCache(keys, values, constrain_array(cache.length_B, "B"))
 
 
 def cache_bytes(config: GptOssConfig, batch: int, capacity: int, itemsize: int = 2) -> int:
@@ -102,6 +111,8 @@ def full_slots(positions_BT: Int[Array, "B T"], capacity: int) -> Int[Array, "B 
 def ring_slots(
     positions_BT: Int[Array, "B T"], length_B: Int[Array, " B"], window: int
 ) -> Int[Array, "B T"]:
-    """Slots of a ring after which `length` tokens are known: only the last `window` positions are stored."""
+    """Slots of a ring after which `length` tokens are known: only the last `window` positions are
+    stored.
+    """
     kept = (positions_BT >= 0) & (positions_BT >= length_B[:, None] - window)
     return jnp.where(kept, positions_BT % window, window)

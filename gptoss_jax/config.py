@@ -1,4 +1,5 @@
-"""The facts of a gpt-oss model: sizes, rope, window. Reads and writes every spelling of config.json.
+"""The facts of a gpt-oss model: sizes, rope, window. Reads and writes every spelling of
+config.json.
 
 Knows no mesh, no dtype, no kernel choice, no temperature, and touches no files.
 """
@@ -29,7 +30,8 @@ class GptOssConfig:
       experts_per_token: Experts chosen for a token (X).
       vocab_size: Rows of the embedding (V); ids are 0 .. V - 1.
       sliding_window: Keys that a query of a sliding layer sees, itself included.
-      layer_types: "sliding_attention" or "full_attention", one a layer; layer 0 is sliding in the released models.
+      layer_types: "sliding_attention" or "full_attention", one a layer; layer 0 is sliding in the
+        released models.
       rope_theta: Base of the rotary frequencies.
       rope_factor: YaRN's extension factor; 1 means plain rotary embedding.
       rope_beta_fast: Rotations above which YaRN keeps a frequency.
@@ -91,7 +93,8 @@ class GptOssConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
-        """Config from a parsed config.json, Hugging Face's (three spellings of rope) or OpenAI's original.
+        """Config from a parsed config.json, Hugging Face's (three spellings of rope) or OpenAI's
+        original.
 
         Args:
           raw: The parsed JSON object.
@@ -100,7 +103,8 @@ class GptOssConfig:
           The config.
 
         Raises:
-          GptOssError: A key is missing, or asks for what the model does not do; the message names the key and value.
+          GptOssError: A key is missing, or asks for what the model does not do; the message names
+            the key and value.
         """
         if (
             "num_local_experts" not in raw
@@ -111,7 +115,8 @@ class GptOssConfig:
         return cls(**_from_transformers(raw))
 
     def to_hf(self) -> dict[str, Any]:
-        """Hugging Face config.json of this model, without quantization_config (the exporter adds it for MXFP4).
+        """Hugging Face config.json of this model, without quantization_config (the exporter adds it
+        for MXFP4).
 
         rope settings are written in the spelling that transformers 4 and 5 and vLLM all read.
         """
@@ -236,7 +241,9 @@ def _from_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any], max_context: int) -> dict[str, Any]:
-    """Rope settings from `rope_scaling` + `rope_theta`, or `rope_parameters` with or without `rope_theta` inside."""
+    """Rope settings from `rope_scaling` + `rope_theta`, or `rope_parameters` with or without
+    `rope_theta` inside.
+    """
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(key) or {}
     theta = rope.get("rope_theta", raw.get("rope_theta"))

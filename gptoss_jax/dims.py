@@ -1,4 +1,5 @@
-"""The alphabet: one letter for each axis, used as suffix, einsum subscript, parameter metadata and sharding key.
+"""The alphabet: one letter for each axis, used as suffix, einsum subscript, parameter metadata and
+sharding key.
 
 Knows sizes only through a config's numbers; knows no arrays, no files, no meshes.
 
@@ -9,28 +10,16 @@ Knows sizes only through a config's numbers; knows no arrays, no files, no meshe
     V vocabulary       R LoRA rank            M rows after dispatch
     U MXFP4 blocks along the contracted axis  Y packed bytes a block, 16
 
-gpt-oss hides transpositions (D = F = 2880, N = H = 64, K = G = 8): the test config has every letter of another size.
+gpt-oss hides transpositions (D = F = 2880, N = H = 64, K = G = 8): the test config has every letter
+of another size.
 """
 
-from typing import Protocol
+from gptoss_jax.config import GptOssConfig
 
 LETTERS = "BTSDVNKGHEXFPMRUY"
 
 
-class Sizes(Protocol):
-    """The numbers of a config that letters stand for."""
-
-    hidden_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-
-
-def sizes(config: Sizes) -> dict[str, int]:
+def sizes(config: GptOssConfig) -> dict[str, int]:
     """Sizes of the letters that a config fixes."""
     return {
         "D": config.hidden_size,
@@ -47,7 +36,9 @@ def sizes(config: Sizes) -> dict[str, int]:
     }
 
 
-def shape(letters: str, config: Sizes) -> tuple[int, ...]:
-    """Shape of an array whose axes are `letters`, for example shape("NHD", config) = (64, 64, 2880)."""
+def shape(letters: str, config: GptOssConfig) -> tuple[int, ...]:
+    """Shape of an array whose axes are `letters`, for example shape("NHD", config) = (64, 64,
+    2880).
+    """
     known = sizes(config)
     return tuple(known[letter] for letter in letters)

@@ -1,6 +1,7 @@
 """Load a model and generate from it: prompts in, completions out, all at once or as a stream.
 
-Works on token ids and plain text; what roles, channels and tools are is the conversation's business (chat/).
+Works on token ids and plain text; what roles, channels and tools are is the conversation's business
+(chat/).
 """
 
 import dataclasses
@@ -125,16 +126,19 @@ class Model:
         """Continues prompts.
 
         Args:
-          prompts: A text, a list of ids, or a list of either. Text is ordinary text: it holds no control tokens.
+          prompts: A text, a list of ids, or a list of either. Text is ordinary text: it holds no
+            control tokens.
           sampling: Settings for all prompts, or one for each; by default temperature 1.
           max_new_tokens: Most tokens of a completion; None for the rest of the context.
           stop: Strings that end a completion; they are not part of it.
 
         Returns:
-          A Completion for one prompt, a list for several; with sampling.n > 1 a list of n in place of each.
+          A Completion for one prompt, a list for several; with sampling.n > 1 a list of n in place
+          of each.
 
         Raises:
-          GptOssError: A prompt is empty, holds an id out of range, or does not fit into the context with max_new_tokens.
+          GptOssError: A prompt is empty, holds an id out of range, or does not fit into the context
+            with max_new_tokens.
         """
         rows, single = _as_rows(prompts)
         each = _as_settings(sampling, len(rows))
@@ -174,13 +178,15 @@ class Model:
         if bad.size:
             i = int(bad[0])
             raise GptOssError(
-                f"token id {int(row[i])} at position {i} is out of range: ids are 0 to {self.config.vocab_size - 1}"
+                f"token id {int(row[i])} at position {i} is out of range: "
+                f"ids are 0 to {self.config.vocab_size - 1}"
             )
         if row.size + new > self.max_context:
             what = f"the prompt has {row.size} tokens"
             what += f" and {new} new ones are asked for" if new else ""
             raise GptOssError(
-                f"{what}: the context is {self.max_context} tokens; shorten the prompt or ask for fewer"
+                f"{what}: the context is {self.max_context} tokens; "
+                "shorten the prompt or ask for fewer"
             )
 
     def _run(self, rows, each, max_new_tokens, stop, chunk) -> Iterator[tuple[int, Piece]]:
@@ -419,10 +425,11 @@ def load(
     """Loads a model.
 
     Args:
-      source: "gpt-oss-tiny" (in the package), a Hub id such as "openai/gpt-oss-20b", or a folder: Hugging Face's
-        layout (MXFP4 or bfloat16), OpenAI's original one, or an Orbax checkpoint made by `gptoss convert`.
-      dtype: "bfloat16" or "float32", of everything that is not packed MXFP4; by default bfloat16, except that a CPU
-        takes float32 for models below 1 GiB.
+      source: "gpt-oss-tiny" (in the package), a Hub id such as "openai/gpt-oss-20b", or a folder:
+        Hugging Face's layout (MXFP4 or bfloat16), OpenAI's original one, or an Orbax checkpoint
+        made by `gptoss convert`.
+      dtype: "bfloat16" or "float32", of everything that is not packed MXFP4; by default bfloat16,
+        except that a CPU takes float32 for models below 1 GiB.
       max_context: Longest sequence, in tokens; by default the model's.
       revision: Branch, tag or commit on the Hub.
       offline: Use only what the Hub's cache already holds.
@@ -432,7 +439,8 @@ def load(
       The model.
 
     Raises:
-      GptOssError: The source cannot be found or does not hold a gpt-oss model; the message says what to do.
+      GptOssError: The source cannot be found or does not hold a gpt-oss model; the message says
+        what to do.
     """
     from gptoss_jax import checkpoint, hub  # the file formats are loaded only when they are needed
 
@@ -457,12 +465,14 @@ def load(
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX has been told where to, or GPTOSS_COMPILATION_CACHE is "off".
+    """Keeps compiled programs between runs, unless JAX has been told where to, or
+    GPTOSS_COMPILATION_CACHE is "off".
 
-    The place is $GPTOSS_COMPILATION_CACHE, by default ~/.cache/gptoss_jax/xla (XDG_CACHE_HOME is followed).
+    The place is $GPTOSS_COMPILATION_CACHE, by default ~/.cache/gptoss_jax/xla (XDG_CACHE_HOME is
+    followed).
     """
     place = os.environ.get("GPTOSS_COMPILATION_CACHE")
-    if place == "off" or jax.config.jax_compilation_cache_dir is not None:
+    if place == "off" or jax.config.values["jax_compilation_cache_dir"]:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", place or str(home / "gptoss_jax" / "xla"))

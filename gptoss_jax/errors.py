@@ -1,4 +1,6 @@
-"""The one exception type for mistakes that a user can mend. Knows nothing of the rest of the package."""
+"""The one exception type for mistakes that a user can mend. Knows nothing of the rest of the
+package.
+"""
 
 
 class GptOssError(ValueError):

@@ -1,12 +1,15 @@
-"""The network: Flax NNX modules declare the parameters and the computation, plain dicts of arrays travel.
+"""The network: Flax NNX modules declare the parameters and the computation, plain dicts of arrays
+travel.
 
-Outside this file a model is (config, params): a frozen dataclass and a nested dict. They meet at trace time in
-`apply`; no NNX object crosses a jit boundary. Knows no files, no text, no sampling.
+Outside this file a model is (config, params): a frozen dataclass and a nested dict. They meet at
+trace time in `apply`; no NNX object crosses a jit boundary. Knows no files, no text, no sampling.
 
-The parameter tree is a reshape of the released Hugging Face layout (outputs first, gate and up interleaved):
+The parameter tree is a reshape of the released Hugging Face layout (outputs first, gate and up
+interleaved):
 
-    embedding VD, norm D, unembedding VD, layers.i.attention {norm D, q NHD, k KHD, v KHD, o DNH, *_bias, sinks N},
-    layers.i.mlp {norm D, router ED, router_bias E, gate_up EFPD, gate_up_bias EFP, down EDF, down_bias ED}
+    embedding VD, norm D, unembedding VD, layers.i.attention {norm D, q NHD, k KHD, v KHD, o DNH,
+    *_bias, sinks N}, layers.i.mlp {norm D, router ED, router_bias E, gate_up EFPD, gate_up_bias
+    EFP, down EDF, down_bias ED}
 """
 
 import functools
@@ -23,6 +26,7 @@ from gptoss_jax.cache import KVCache
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.ops.attention import banded
 from gptoss_jax.ops.rope import frequencies
+from gptoss_jax.sharding import batch_axes, constrain
 
 Params = dict[str, Any]
 
@@ -31,7 +35,9 @@ class _Declared(nnx.Module):
     """A module whose parameters are declared by letters."""
 
     def declare(self, config: GptOssConfig, rngs: nnx.Rngs, dtype, **letters: str) -> None:
-        """Adds one parameter for each name: norms start at one, biases at zero, the rest normal with deviation 0.02."""
+        """Adds one parameter for each name: norms start at one, biases at zero, the rest normal
+        with deviation 0.02.
+        """
         for name, axes in letters.items():
             shape = dims.shape(axes, config)
             if name == "norm":
@@ -45,6 +51,17 @@ class _Declared(nnx.Module):
 
 class Attention(_Declared):
     """Grouped-query attention with sinks, sliding or full."""
+
+    norm: nnx.Param
+    q: nnx.Param
+    q_bias: nnx.Param
+    k: nnx.Param
+    k_bias: nnx.Param
+    v: nnx.Param
+    v_bias: nnx.Param
+    sinks: nnx.Param
+    o: nnx.Param
+    o_bias: nnx.Param
 
     def __init__(self, config: GptOssConfig, layer: int, *, rngs: nnx.Rngs, dtype):
         self.config = config
@@ -96,13 +113,14 @@ class Attention(_Declared):
         slots = kv.ring_slots(span.known_BT, span.length_B, size)
         new = kv.write(keys, k, slots), kv.write(values, v, slots)
         if k.shape[1] == 1:  # the ring already holds all that one query sees
-            known = kv.ring_positions(span.length_B, size)
+            known = kv.ring_positions(span.length_B, window)
             return ops.attention(q, *new, sinks, positions, known, window), new
         return self._band(q, k, v, stored, span), new
 
     def _band(self, q, k, v, stored, span):
         """A window over the keys before this call (the ring, or nothing) and this call's own."""
         window, segments = self.window, span.segments
+        assert window is not None
         if stored is None:
             pad = [(0, 0), (window, 0)]
             before, keys, values = (
@@ -125,6 +143,14 @@ class Attention(_Declared):
 class Mlp(_Declared):
     """Router and experts."""
 
+    norm: nnx.Param
+    router: nnx.Param
+    router_bias: nnx.Param
+    gate_up: nnx.Param
+    gate_up_bias: nnx.Param
+    down: nnx.Param
+    down_bias: nnx.Param
+
     def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype):
         self.config = config
         self.declare(config, rngs, dtype, norm="D", router="ED", router_bias="E")
@@ -143,10 +169,17 @@ class Mlp(_Declared):
             norm, self.router.get_value(), self.router_bias.get_value(), chosen
         )
         out = ops.expert_mlp(
-            norm, weights, experts,
-            self.gate_up.get_value(), self.gate_up_bias.get_value(), self.down.get_value(), self.down_bias.get_value(),
-            alpha=config.swiglu_alpha, limit=config.swiglu_limit,
-        )  # fmt: skip
+            norm,
+            weights,
+            experts,
+            self.gate_up.get_value(),
+            self.gate_up_bias.get_value(),
+            self.down.get_value(),
+            self.down_bias.get_value(),
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+            rows=batch_axes(x_BTD.shape[0]),
+        )
         return x_BTD + out.reshape(x_BTD.shape), experts.reshape(*x_BTD.shape[:2], -1)
 
 
@@ -159,12 +192,16 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, span, stored):
         x_BTD, stored = self.attention(x_BTD, span, stored)
-        x_BTD, experts = self.mlp(x_BTD)
-        return x_BTD, stored, experts
+        x_BTD, experts = self.mlp(constrain(x_BTD, "BTD"))
+        return constrain(x_BTD, "BTD"), stored, experts
 
 
 class GptOss(_Declared):
     """The whole network; `dims` of every parameter say its axes."""
+
+    embedding: nnx.Param
+    norm: nnx.Param
+    unembedding: nnx.Param
 
     def __init__(self, config: GptOssConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
@@ -174,8 +211,10 @@ class GptOss(_Declared):
         )
 
     def __call__(self, tokens_BT, span, stored):
-        """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen experts a layer."""
-        x_BTD = self.embedding.get_value()[tokens_BT]
+        """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen
+        experts a layer.
+        """
+        x_BTD = constrain(self.embedding.get_value()[tokens_BT], "BTD")
         kept, routed = [], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
@@ -186,7 +225,9 @@ class GptOss(_Declared):
 
 
 class _Span:
-    """Where the tokens of one call stand: positions, lengths before and after, segments, rotation."""
+    """Where the tokens of one call stand: positions, lengths before and after, segments,
+    rotation.
+    """
 
     def __init__(self, tokens_BT, mask_BT, before_B, config, segments_BT):
         B, T = tokens_BT.shape
@@ -205,9 +246,13 @@ class _Span:
             self.positions_BT if mask_BT is None else jnp.where(mask_BT, self.positions_BT, -1)
         )
         inverse, concentration = frequencies(
-            config.head_dim, config.rope_theta, config.rope_factor,
-            config.rope_beta_fast, config.rope_beta_slow, config.original_context,
-        )  # fmt: skip
+            config.head_dim,
+            config.rope_theta,
+            config.rope_factor,
+            config.rope_beta_fast,
+            config.rope_beta_slow,
+            config.original_context,
+        )
         self.rotation = ops.rotation(self.positions_BT, inverse, concentration)
 
 
@@ -247,7 +292,8 @@ def hidden(
     """
     order = None
     if mask is not None and mask.shape[1] > 1:
-        # Rows are moved so that their tokens come first: after that every kind of padding is right-padding.
+        # Rows are moved so that their tokens come first: after that every kind of padding is
+        # right-padding.
         order = jnp.argsort(~mask, axis=1, stable=True)
         tokens_BT, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens_BT, mask))
     span = _Span(tokens_BT, mask, None if cache is None else cache.length_B, config, segments)
@@ -255,7 +301,9 @@ def hidden(
     stored = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
     x_BTD, kept, routed = network(tokens_BT, span, stored)
     if cache is not None:
-        cache = KVCache(tuple(k for k, _ in kept), tuple(v for _, v in kept), span.length_B)
+        cache = kv.constrain(
+            KVCache(tuple(k for k, _ in kept), tuple(v for _, v in kept), span.length_B)
+        )
     experts = jnp.stack(routed, axis=2)
     if order is not None:
         back = jnp.argsort(order, axis=1)
@@ -267,9 +315,10 @@ def hidden(
 def unembed(params: Params, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Float32 logits of hidden states."""
     with jax.named_scope("unembed"):
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32
         )
+        return constrain(logits, "BTV" if logits.ndim == 3 else "BV")
 
 
 def apply(

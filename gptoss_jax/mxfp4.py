@@ -1,9 +1,10 @@
 """MXFP4: the released experts' number format, its codec, and the array type that keeps it packed.
 
-A block is 32 values along the contracted axis: 16 bytes (element 2k in the low nibble of byte k) and one power-of-two
-scale, value = e2m1 * 2^(scale - 127). Knows no model, no files.
+A block is 32 values along the contracted axis: 16 bytes (element 2k in the low nibble of byte k)
+and one power-of-two scale, value = e2m1 * 2^(scale - 127). Knows no model, no files.
 
-Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 6.3; openai/gpt-oss gpt_oss/torch/weights.py.
+Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 6.3; openai/gpt-oss
+gpt_oss/torch/weights.py.
 """
 
 import dataclasses
@@ -25,16 +26,16 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 class MxTensor:
     """A tensor in MXFP4: the released bytes as they are.
 
-    A pytree of two arrays, so that it can be donated, sharded and saved like any other; indexing goes over the leading
-    axes (tensor[expert]), never inside a block.
+    A pytree of two arrays, so that it can be donated, sharded and saved like any other; indexing
+    goes over the leading axes (tensor[expert]), never inside a block.
 
     Attributes:
       blocks: uint8 [..., U, 16], two values a byte.
       scales: uint8 [..., U], biased exponents; 255 is NaN and never stored.
     """
 
-    blocks: jax.Array
-    scales: jax.Array
+    blocks: jax.Array | np.ndarray
+    scales: jax.Array | np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,23 +58,30 @@ class MxTensor:
         return self.blocks.nbytes + self.scales.nbytes
 
     def __getitem__(self, index) -> "MxTensor":
-        """Part along the leading axes, still packed; `index` is what an array of the leading axes would take."""
+        """Part along the leading axes, still packed; `index` is what an array of the leading axes
+        would take.
+        """
         leading = len(self.shape) - 1
         parts = index if isinstance(index, tuple) else (index,)
         if sum(part is not None for part in parts) > leading or Ellipsis in [
             p for p in parts if p is Ellipsis
         ]:
             raise GptOssError(
-                f"an MxTensor of shape {self.shape} is indexed along its first {leading} axes: got {index}"
+                f"an MxTensor of shape {self.shape} is indexed along its first {leading} axes: "
+                f"got {index}"
             )
         return MxTensor(self.blocks[index], self.scales[index])
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
-        """Values as an array of `dtype`; exact in bfloat16 and float32 unless the exponent leaves their range."""
+        """Values as an array of `dtype`; exact in bfloat16 and float32 unless the exponent leaves
+        their range.
+        """
         return decode(self.blocks, self.scales, dtype)
 
     def __matmul__(self, x) -> jax.Array:
-        """Product along the blocked axis in x's dtype, float32 sums: [..., O, I] @ [..., I, J] as for arrays."""
+        """Product along the blocked axis in x's dtype, float32 sums: [..., O, I] @ [..., I, J] as
+        for arrays.
+        """
         return jnp.matmul(self.dequantize(x.dtype), x, preferred_element_type=jnp.float32).astype(
             x.dtype
         )
@@ -86,14 +94,15 @@ class MxTensor:
 
     def __repr__(self) -> str:
         kind = type(self.blocks).__name__
-        return f"MxTensor(shape={self.shape}, {kind}, blocks={self.blocks.shape}, scales={self.scales.shape})"
+        return f"MxTensor(shape={self.shape}, {kind}, {self.nbytes} bytes)"
 
 
 def decode(blocks, scales, dtype=jnp.bfloat16) -> jax.Array:
     """Unpacks MXFP4 on the device.
 
-    A magnitude code m stands for h = m + max(m - 4, 0) + 2 max(m - 6, 0) halves: 0, 1, 2, 3, 4, 6, 8, 12. Small
-    integers and one power of two, so that no value passes through a subnormal (XLA's CPU client flushes them).
+    A magnitude code m stands for h = m + max(m - 4, 0) + 2 max(m - 6, 0) halves: 0, 1, 2, 3, 4, 6,
+    8, 12. Small integers and one power of two, so that no value passes through a subnormal (XLA's
+    CPU client flushes them).
 
     Args:
       blocks: uint8 [..., U, 16].
@@ -112,13 +121,16 @@ def decode(blocks, scales, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def half_scale(scales) -> Float[Array, "..."]:
-    """2^(scale - 128) in float32, made from exponent bits; scales 0 and 1 would be subnormal and give 0."""
+    """2^(scale - 128) in float32, made from exponent bits; scales 0 and 1 would be subnormal and
+    give 0.
+    """
     exponent = jnp.maximum(scales.astype(jnp.int32) - 1, 0)
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Unpacks MXFP4 on the host, exactly, by the table and ldexp: the definition that `decode` is tested against.
+    """Unpacks MXFP4 on the host, exactly, by the table and ldexp: the definition that `decode` is
+    tested against.
 
     Args:
       blocks: uint8 [..., U, 16].
@@ -147,7 +159,8 @@ def check_scales(scales: np.ndarray, name: str = "tensor") -> None:
     if found.any():
         where = tuple(int(i) for i in np.argwhere(found)[0])
         raise GptOssError(
-            f"{name}: scale 255 (NaN in MXFP4) at {where}: the checkpoint is damaged, download it again"
+            f"{name}: scale 255 (NaN in MXFP4) at {where}: "
+            "the checkpoint is damaged, download it again"
         )
 
 
@@ -164,8 +177,8 @@ def _round_codes(magnitudes: np.ndarray) -> np.ndarray:
 def pack(values: np.ndarray) -> MxTensor:
     """Packs values into MXFP4, searching for each block the scale of least squared error.
 
-    Candidates are the scale that makes the largest value 4 to 8 and its neighbours; larger scales lose small values,
-    smaller ones clip. Values that are MXFP4 already come back exactly.
+    Candidates are the scale that makes the largest value 4 to 8 and its neighbours; larger scales
+    lose small values, smaller ones clip. Values that are MXFP4 already come back exactly.
 
     Args:
       values: float array [..., I], I a multiple of 32.

@@ -1,7 +1,9 @@
-"""From logits to a token: penalties, bias, temperature, top-k, top-p, min-p, and a draw that depends on the seed alone.
+"""From logits to a token: penalties, bias, temperature, top-k, top-p, min-p, and a draw that
+depends on the seed alone.
 
-Settings travel as arrays, one entry a row, so that a batch can mix them and a change never recompiles. Filters find
-their threshold by bisection on the bits of float32, without sorting the vocabulary. Knows no text and no model.
+Settings travel as arrays, one entry a row, so that a batch can mix them and a change never
+recompiles. Filters find their threshold by bisection on the bits of float32, without sorting the
+vocabulary. Knows no text and no model.
 """
 
 import dataclasses
@@ -32,7 +34,8 @@ class Sampling:
       top_k: Only the k likeliest tokens (and those tied with the k-th); 0 for all.
       top_p: Only the likeliest tokens that together reach this probability; 1 for all.
       min_p: Only tokens at least this probable relative to the likeliest; 0 for all.
-      repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output; 1 for none.
+      repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or
+        output; 1 for none.
       presence_penalty: Subtracted from logits of tokens already in the output.
       frequency_penalty: Subtracted from logits once for every occurrence in the output.
       logit_bias: Added to logits, {token id: bias}.
@@ -75,7 +78,8 @@ class Sampling:
             _within(f"logit_bias[{token}]", bias, -1000.0, 1000.0)
         if len(self.logit_bias) > BIAS_SLOTS[-1]:
             raise GptOssError(
-                f"logit_bias has {len(self.logit_bias)} entries: at most {BIAS_SLOTS[-1]} are supported"
+                f"logit_bias has {len(self.logit_bias)} entries: "
+                f"at most {BIAS_SLOTS[-1]} are supported"
             )
 
 
@@ -127,16 +131,23 @@ def to_arrays(rows: Sequence[Sampling], choices: Sequence[int], vocab_size: int)
             _within("token id of logit_bias", token, 0, vocab_size - 1, integer=True)
             ids[i, j], bias[i, j] = token, value
 
-    def column(name, dtype=np.float32):
+    def column(name, dtype: type = np.float32):
         return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
 
     seeds = [secrets.randbits(64) if row.seed is None else row.seed % 2**64 for row in rows]
     keys = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
     return SamplingArrays(
-        column("temperature"), column("top_k", np.int32), column("top_p"), column("min_p"),
-        column("repetition_penalty"), column("presence_penalty"), column("frequency_penalty"),
-        jnp.asarray(ids), jnp.asarray(bias), _fold_choices(jnp.asarray(keys), jnp.asarray(choices, jnp.uint32)),
-    )  # fmt: skip
+        column("temperature"),
+        column("top_k", np.int32),
+        column("top_p"),
+        column("min_p"),
+        column("repetition_penalty"),
+        column("presence_penalty"),
+        column("frequency_penalty"),
+        jnp.asarray(ids),
+        jnp.asarray(bias),
+        _fold_choices(jnp.asarray(keys), jnp.asarray(choices, jnp.uint32)),
+    )
 
 
 @jax.jit
@@ -154,8 +165,9 @@ def sample(
 ) -> Int[Array, " B"]:
     """Chooses a token for each row.
 
-    Penalties and bias come first, then temperature, top-k, top-p of what is left, min-p, and Gumbel-max with the key
-    folded from (seed, choice, position). Parts that no row asks for are skipped at run time.
+    Penalties and bias come first, then temperature, top-k, top-p of what is left, min-p, and
+    Gumbel-max with the key folded from (seed, choice, position). Parts that no row asks for are
+    skipped at run time.
 
     Args:
       logits_BV: float32.
@@ -241,7 +253,9 @@ def _sortable(x):
 
 
 def _largest(holds, rows):
-    """Largest uint32 threshold of each row for which `holds` (true for 0, and monotone) is true, bit by bit."""
+    """Largest uint32 threshold of each row for which `holds` (true for 0, and monotone) is true,
+    bit by bit.
+    """
 
     def body(i, threshold):
         candidate = threshold | (jnp.uint32(0x80000000) >> i.astype(jnp.uint32))

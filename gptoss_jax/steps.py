@@ -1,7 +1,8 @@
 """The jitted steps of generation: prefill a chunk, decode some tokens on the device.
 
-One decode step serves both loops: `decode` runs up to `size` of them on the device, and streaming calls it with a
-smaller `limit`, which does not recompile. Caches and state are donated. Knows no text and no requests.
+One decode step serves both loops: `decode` runs up to `size` of them on the device, and streaming
+calls it with a smaller `limit`, which does not recompile. Caches and state are donated. Knows no
+text and no requests.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What `decode` made: the first `steps` columns are set; a row's tokens end with its stop token.
+    """What `decode` made: the first `steps` columns are set; a row's tokens end with its stop
+    token.
 
     Attributes:
       tokens_Bn: int32, -1 after a row has stopped.
@@ -80,11 +82,12 @@ def prefill(
     Returns:
       The cache and the hidden state of each row's last token.
     """
-    x_BTD, cache, _ = hidden(params, tokens_BT, cache, config=config, mask=mask_BT)
+    x_BTD, after, _ = hidden(params, tokens_BT, cache, config=config, mask=mask_BT)
+    assert after is not None
     steps = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     index_B = jnp.where(mask_BT, steps, -1).max(1)
     found = jnp.take_along_axis(x_BTD, jnp.maximum(index_B, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((index_B >= 0)[:, None], found, last_BD)
+    return after, jnp.where((index_B >= 0)[:, None], found, last_BD)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -116,6 +119,7 @@ def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, co
     x_B1D, cache, _ = hidden(
         params, tokens_B[:, None], state.cache, config=config, mask=~state.done_B[:, None]
     )
+    assert cache is not None
     return State(cache, unembed(params, x_B1D[:, 0]), state.seen_BV, counts_BV, done_B), out_B
 
 
@@ -131,7 +135,8 @@ def decode(
     size: int,
     top: int | None = None,
 ) -> tuple[State, Output]:
-    """Decodes up to `limit` tokens for every row on the device; ends early when all rows have stopped.
+    """Decodes up to `limit` tokens for every row on the device; ends early when all rows have
+    stopped.
 
     Args:
       params: The model.
@@ -148,9 +153,13 @@ def decode(
     B = state.done_B.shape[0]
     k = top or 0
     empty = Output(
-        jnp.full((B, size), -1, jnp.int32), jnp.zeros((B, size)), jnp.zeros((B, size, k), jnp.int32),
-        jnp.zeros((B, size, k)), state.done_B, jnp.int32(0),
-    )  # fmt: skip
+        jnp.full((B, size), -1, jnp.int32),
+        jnp.zeros((B, size)),
+        jnp.zeros((B, size, k), jnp.int32),
+        jnp.zeros((B, size, k)),
+        state.done_B,
+        jnp.int32(0),
+    )
 
     def running(carry):
         state, out = carry
@@ -172,9 +181,8 @@ def decode(
             (out.top_ids_Bnk, ids_Bk),
             (out.top_logprobs_Bnk, values_Bk),
         ]
-        return state, Output(
-            tokens, *(put(old, new[:, None]) for old, new in columns), state.done_B, i + 1
-        )
+        chosen, ids, values = (put(old, new[:, None]) for old, new in columns)
+        return state, Output(tokens, chosen, ids, values, state.done_B, i + 1)
 
     return jax.lax.while_loop(running, body, (state, empty))
 

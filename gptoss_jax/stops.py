@@ -1,4 +1,6 @@
-"""Stop strings in a stream of tokens: never emitted, also when split over tokens or inside a character."""
+"""Stop strings in a stream of tokens: never emitted, also when split over tokens or inside a
+character.
+"""
 
 from collections.abc import Sequence
 
@@ -24,7 +26,8 @@ class StopStrings:
         """Takes an id.
 
         Returns:
-          Text and ids that may be emitted now, and the stop string if one was found; what follows it is dropped.
+          Text and ids that may be emitted now, and the stop string if one was found; what follows
+          it is dropped.
         """
         self.text += self.decoder.feed(token)
         self.tokens.append((token, len(self.text)))

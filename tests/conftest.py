@@ -1,4 +1,6 @@
-"""Strictness for all tests: promotions and warnings are errors, eight simulated devices, types checked where they pass."""
+"""Strictness for all tests: promotions and warnings are errors, eight simulated devices, types
+checked where they pass.
+"""
 
 import os
 

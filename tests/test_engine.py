@@ -1,4 +1,6 @@
-"""Generation on the test model: against its own logits, alone and in batches, with every way to stop."""
+"""Generation on the test model: against its own logits, alone and in batches, with every way to
+stop.
+"""
 
 import jax
 import numpy as np
@@ -88,7 +90,9 @@ def test_stop_ids_are_not_emitted(model, greedy):
 
 
 def test_stop_strings_split_over_tokens(model):
-    """A bias makes the model write 'ab' again and again; the stop string begins in one token and ends in another."""
+    """A bias makes the model write 'ab' again and again; the stop string begins in one token and
+    ends in another.
+    """
     a = model.tokenizer.encode("a")[0]
     forced = Sampling(temperature=0, logit_bias={a: 1000.0})
     found = model.generate("hello", forced, max_new_tokens=9, stop=["aaa"])

@@ -1,4 +1,6 @@
-"""The network against itself: cache or none, chunked or whole, padded or alone, packed or plain; and against loops."""
+"""The network against itself: cache or none, chunked or whole, padded or alone, packed or plain;
+and against loops.
+"""
 
 import dataclasses
 import importlib
@@ -245,7 +247,9 @@ def test_router_weights_by_numpy():
 
 
 def test_no_step_unpacks_all_experts():
-    """The compiled decode step of a wide layer holds temporaries of the chosen experts, not of all."""
+    """The compiled decode step of a wide layer holds temporaries of the chosen experts, not of
+    all.
+    """
     config = dataclasses.replace(
         tiny.CONFIG,
         num_layers=2,

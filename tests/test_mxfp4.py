@@ -42,7 +42,9 @@ def test_device_decode_is_exact_where_nothing_is_subnormal(dtype):
 
 
 def test_half_units_never_become_subnormal():
-    """0.5 at the smallest scales: a decode through bfloat16 subnormals gives 0 here, because the CPU flushes them."""
+    """0.5 at the smallest scales: a decode through bfloat16 subnormals gives 0 here, because the
+    CPU flushes them.
+    """
     blocks = np.full((3, 16), 0x11, np.uint8)
     found = jax.jit(mxfp4.decode)(blocks, np.array([2, 3, 4], np.uint8))
     np.testing.assert_array_equal(

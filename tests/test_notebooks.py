@@ -19,7 +19,12 @@ def test_runs(name, tmp_path):
     assert not errors
     if name.startswith("01"):
         texts = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
-        images = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        images = [
+            o
+            for c in notebook.cells
+            for o in c.get("outputs", [])
+            if "image/png" in o.get("data", {})
+        ]
         assert "632" in texts  # 347 + 285
         assert "98895" in texts  # 347 * 285, by the calculator
         assert len(images) == 2

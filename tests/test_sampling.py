@@ -1,4 +1,6 @@
-"""Sampling against sorting, against closed forms, and against its own promise: the seed alone decides."""
+"""Sampling against sorting, against closed forms, and against its own promise: the seed alone
+decides.
+"""
 
 import dataclasses
 import math
@@ -32,7 +34,9 @@ def choose(logits, rows, position=0, seen=None, counts=None, choices=None):
 
 
 def allowed(logits, s: Sampling):
-    """The tokens that top-k, top-p and min-p leave, by sorting, in float64; and whether rounding may blur the border."""
+    """The tokens that top-k, top-p and min-p leave, by sorting, in float64; and whether rounding
+    may blur the border.
+    """
     x = np.asarray(logits, np.float64) / s.temperature
     order = np.argsort(-x, kind="stable")
     kept = set(order[: s.top_k or V])

@@ -36,7 +36,9 @@ CONFIG = GptOssConfig(
 
 @functools.lru_cache
 def params(config: GptOssConfig = CONFIG, packed: bool = True, seed: int = 0):
-    """Random float32 parameters with biases, sinks and scales that matter; experts packed or plain."""
+    """Random float32 parameters with biases, sinks and scales that matter; experts packed or
+    plain.
+    """
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     generator = np.random.default_rng(seed)
 
@@ -66,7 +68,9 @@ def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
 
 @functools.lru_cache
 def tokenizer():
-    """A pruned tokenizer of CONFIG.vocab_size tokens: 256 bytes, the control tokens, some pairs of letters."""
+    """A pruned tokenizer of CONFIG.vocab_size tokens: 256 bytes, the control tokens, some pairs of
+    letters.
+    """
     with tempfile.TemporaryDirectory() as folder:
         kept = kept_ids([])
         pairs = [i for i in range(256, 1000) if i not in kept][: CONFIG.vocab_size - len(kept)]

@@ -29,8 +29,12 @@ HELP = """/effort low|medium|high   how long to reason
 class Arguments:
     """Options of `gptoss chat`."""
 
-    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ModelArguments)
-    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingArguments)
+    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ModelArguments
+    )
+    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SamplingArguments
+    )
     effort: Effort = "medium"
     """Reasoning effort; /effort changes it."""
     max_new_tokens: int | None = None
@@ -103,8 +107,6 @@ def _command(line: str, chat, printer) -> None:
         note(f"reasoning is {'hidden' if printer.hide_reasoning else 'shown'}")
     elif name == "/history":
         for message in chat.history:
-            note(
-                f"{message.role}{f' ({message.channel})' if message.channel else ''}: {message.content}"
-            )
+            note(f"{message.role} {message.channel or ''}: {message.content}")
     else:
         note(HELP)

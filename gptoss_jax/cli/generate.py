@@ -1,4 +1,6 @@
-"""Answer one prompt: the reasoning dimmed, then the answer. With --raw, continue the text as it stands."""
+"""Answer one prompt: the reasoning dimmed, then the answer. With --raw, continue the text as it
+stands.
+"""
 
 import dataclasses
 import json
@@ -19,8 +21,12 @@ class Arguments:
 
     prompt: tyro.conf.Positional[str]
     """The question; - reads it from standard input."""
-    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ModelArguments)
-    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingArguments)
+    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ModelArguments
+    )
+    sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SamplingArguments
+    )
     effort: Effort = "medium"
     """Reasoning effort."""
     max_new_tokens: int | None = None

@@ -19,9 +19,13 @@ class ModelArguments:
     """Which model."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """A Hub id such as openai/gpt-oss-20b, or a folder; by default gpt-oss-tiny from the package."""
+    """A Hub id such as openai/gpt-oss-20b, or a folder; by default gpt-oss-tiny from the
+    package.
+    """
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of everything that is not packed MXFP4; by default bfloat16, on CPU float32 for models below 1 GiB."""
+    """Of everything that is not packed MXFP4; by default bfloat16, on CPU float32 for models below
+    1 GiB.
+    """
     max_context: int | None = None
     """Longest sequence in tokens; by default the model's."""
     revision: str | None = None
@@ -102,7 +106,8 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
     name = arguments.model or TINY
     if arguments.model is None and not quiet:
         note(
-            "Using gpt-oss-tiny, the model in the package; --model openai/gpt-oss-20b for the real thing."
+            "Using gpt-oss-tiny, the model in the package; "
+            "--model openai/gpt-oss-20b for the real thing."
         )
     started = time.perf_counter()
     from gptoss_jax import hub

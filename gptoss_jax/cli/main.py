@@ -1,7 +1,8 @@
-"""`gptoss VERB ...`: finds the verb's module, parses its options, turns errors into one line and an exit code.
+"""`gptoss VERB ...`: finds the verb's module, parses its options, turns errors into one line and an
+exit code.
 
-A verb is a module with a dataclass `Arguments` (its options, documented) and `run(arguments)`. Exit codes: 0 done,
-1 could not, 2 wrong usage, 130 interrupted.
+A verb is a module with a dataclass `Arguments` (its options, documented) and `run(arguments)`. Exit
+codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted.
 """
 
 import importlib
@@ -18,7 +19,8 @@ VERBS = {
 
 USAGE = """usage: gptoss VERB [options]        gptoss VERB --help for the options of a verb
 
-OpenAI's gpt-oss models in JAX. Without --model the verbs use gpt-oss-tiny, the model in the package.
+OpenAI's gpt-oss models in JAX. Without --model the verbs use gpt-oss-tiny, the model in the
+package.
 
 {verbs}
 

@@ -11,7 +11,9 @@ from gptoss_jax.chat.session import ChatEvent, Reply, ToolResult
 
 
 class Printer:
-    """Prints events; control characters of the model's text other than newlines and tabs are not passed on."""
+    """Prints events; control characters of the model's text other than newlines and tabs are not
+    passed on.
+    """
 
     def __init__(self, hide_reasoning: bool = False, console: Console | None = None):
         self.hide_reasoning = hide_reasoning

@@ -1,17 +1,19 @@
 """The operations of gpt-oss: the readable reference of each, and the choice of a faster path.
 
-Functions take arrays and numbers, never a config or a parameter path. Arrays carry their axes as suffix (dims.py).
+Functions take arrays and numbers, never a config or a parameter path. Arrays carry their axes as
+suffix (dims.py).
 
 Precision (x is the activations' dtype, bfloat16 or float32; every product accumulates in float32):
 
     operation     input           inside    output   follows
-    rms_norm      x, scale        float32   x        torch reference: scale multiplied before the cast
-    rotate        x               float32   x        triton reference (torch casts cos and sin to bfloat16 first)
-    linear        x, weight x     float32   x        bias added in float32
-    attention     x, sinks        float32   x        triton reference: scores, sinks, softmax in float32
-    route         x, weight x     float32   float32  selection and softmax on float32 logits
-    expert_mlp    x, MXFP4 or x   float32   x        biases and SwiGLU in float32, hidden cast to x between the products
-    unembed       x, weight x     float32   float32  triton reference: float32 logits
+    rms_norm      x, scale        float32   x        torch reference: scale multiplied before the
+    cast rotate        x               float32   x        triton reference (torch casts cos and sin
+    to bfloat16 first) linear        x, weight x     float32   x        bias added in float32
+    attention     x, sinks        float32   x        triton reference: scores, sinks, softmax in
+    float32 route         x, weight x     float32   float32  selection and softmax on float32 logits
+    expert_mlp    x, MXFP4 or x   float32   x        biases and SwiGLU in float32, hidden cast to x
+    between the products unembed       x, weight x     float32   float32  triton reference: float32
+    logits
 """
 
 from gptoss_jax.ops.attention import attention as attention

@@ -1,7 +1,9 @@
-"""Grouped-query attention with sinks: causal, with or without a sliding window, over any keys whose positions are known.
+"""Grouped-query attention with sinks: causal, with or without a sliding window, over any keys whose
+positions are known.
 
-One definition serves training, prefill and decode: a key is visible if its position is known, not later than the
-query's, within the window, and in the query's segment. Masked or never written slots carry position -1.
+One definition serves training, prefill and decode: a key is visible if its position is known, not
+later than the query's, within the window, and in the query's segment. Masked or never written slots
+carry position -1.
 """
 
 import jax
@@ -24,8 +26,9 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax over the visible keys and one sink per head, whose share is dropped.
 
-    out = sum_j exp(q.k_j / sqrt(H)) v_j / (exp(sink) + sum_j exp(q.k_j / sqrt(H))); query head n uses kv head n // G.
-    The sink is neither scaled nor rotated. A query that sees no key gives zeros.
+    out = sum_j exp(q.k_j / sqrt(H)) v_j / (exp(sink) + sum_j exp(q.k_j / sqrt(H))); query head n
+    uses kv head n // G. The sink is neither scaled nor rotated. A query that sees no key gives
+    zeros.
 
     Args:
       q_BTNH: Rotated queries.
@@ -40,7 +43,8 @@ def attention(
     Returns:
       [B, T, N, H] in q's dtype; scores, softmax and sums in float32.
 
-    Source: openai/gpt-oss gpt_oss/triton/attention.py attention_ref, and gpt_oss/torch/model.py sdpa.
+    Source: openai/gpt-oss gpt_oss/triton/attention.py attention_ref, and gpt_oss/torch/model.py
+    sdpa.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -74,8 +78,9 @@ def banded(
 ) -> Float[Array, "B T N H"]:
     """`attention` with a window over S = window + T keys, in time T * window instead of T * S.
 
-    The first `window` keys are those before the queries (a ring's, in any order; position -1 for none), the others are
-    the queries' own, in order. A block of `window` queries sees two blocks of keys.
+    The first `window` keys are those before the queries (a ring's, in any order; position -1 for
+    none), the others are the queries' own, in order. A block of `window` queries sees two blocks of
+    keys.
 
     Args: As `attention`; k and v have window + T rows.
 
@@ -135,7 +140,9 @@ def _softmax_average(q_BTKGH, k_BSKH, v_BSKH, sinks_KG, visible_BTS):
 
 @jax.custom_vjp
 def _average(q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS):
-    """Rows R are (group, query) pairs; the weights are made again for the gradient instead of being kept."""
+    """Rows R are (group, query) pairs; the weights are made again for the gradient instead of being
+    kept.
+    """
     return _average_forward(q_BKRH, k_BKSH, v_BKSH, sinks_KG, visible_BTS)[0]
 
 
@@ -190,7 +197,9 @@ _average.defvjp(_average_forward, _average_backward)
 
 
 def _by_blocks(some, q_BTKGH, positions_BT, segments_BT):
-    """Runs `some` on blocks of queries one after another, so that only a block's scores are held."""
+    """Runs `some` on blocks of queries one after another, so that only a block's scores are
+    held.
+    """
     B, T = positions_BT.shape
     count = -(-T // QUERY_BLOCK)
 

@@ -1,18 +1,25 @@
-"""The mixture of experts: router and expert feed-forward, dropless, on packed MXFP4 or plain weights.
+"""The mixture of experts: router and expert feed-forward, dropless, on packed MXFP4 or plain
+weights.
 
-Never does all experts' work for one token, and never holds more unpacked experts than one step of its loop needs.
+Never does all experts' work for one token, and never holds more unpacked experts than one step of
+its loop needs. On a mesh (the context's) experts stay where they are, packed, and tokens travel.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax import sharding
 from gptoss_jax.mxfp4 import MxTensor
 
 UNPACKED_LIMIT = (
     1 << 24
 )  # weights unpacked at once (64 MB in float32); above it experts go one after another
-# Rows of one expert that share one unpacking in the grouped path: unpacking costs a CPU about as much as 25 rows.
+# Rows of one expert that share one unpacking in the grouped path: unpacking costs a CPU about as
+# much as 25 rows.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 
 Weight = MxTensor | jax.Array
@@ -47,7 +54,8 @@ def route(
 def swiglu(
     h_FP: Float[Array, "*batch F P"], alpha: float, limit: float
 ) -> Float[Array, "*batch F"]:
-    """Clamped SwiGLU: g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = clip(up, -limit, limit).
+    """Clamped SwiGLU: g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = clip(up, -limit,
+    limit).
 
     Source: openai/gpt-oss gpt_oss/torch/model.py swiglu.
     """
@@ -67,11 +75,13 @@ def expert_mlp(
     *,
     alpha: float,
     limit: float,
+    rows: tuple[str, ...] = (),
 ) -> Float[Array, "M D"]:
-    """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen experts only.
+    """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen
+    experts only.
 
-    Few rows: one matrix-vector product for each (row, expert) pair. Many: pairs are sorted by expert into blocks of at
-    most 64 rows, and every block unpacks its expert once.
+    Few rows: one matrix-vector product for each (row, expert) pair. Many: pairs are sorted by
+    expert into blocks of at most 64 rows, and every block unpacks its expert once.
 
     Args:
       x_MD: Normalised activations.
@@ -83,10 +93,74 @@ def expert_mlp(
       down_bias_ED: Bias, added before the weighting.
       alpha: SwiGLU's slope.
       limit: SwiGLU's clamp.
+      rows: Mesh axes over which M is spread (`sharding.batch_axes`); () without a mesh.
 
     Returns:
       [M, D] in x's dtype.
     """
+    parts = x_MD, weights_MX, experts_MX, gate_up_EFPD, gate_up_bias_EFP, down_EDF, down_bias_ED
+    if sharding.current() is not None:
+        return _spread_mlp(*parts, alpha=alpha, limit=limit, rows=rows)
+    with jax.named_scope("expert_mlp"):
+        return _mlp(*parts, alpha=alpha, limit=limit).astype(x_MD.dtype)
+
+
+def _spread_mlp(
+    x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias, *, alpha, limit, rows
+):
+    """`expert_mlp` on a mesh: a device computes the pairs whose experts it holds; drops nothing.
+
+    Rows that are not spread over the expert axis (decode of small batches) are on all its devices:
+    each adds its experts' share, one psum. Rows that are (prefill, training) are all-gathered over
+    it, and the shares go back by psum_scatter: M D (2 + 4) bytes a device and layer for M rows of
+    the whole axis, whatever the load. All-to-all would move M X D (2 + 4) / size, which is less
+    only on axes larger than X = 4; and, to drop nothing, its buffers must hold the worst load, all
+    M X pairs on one device. Weights travel over fsdp only, as packed bytes.
+    """
+
+    def local(x_MD, weights_MX, experts_MX, *held):
+        if "expert" in rows:
+            gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+            x_MD, weights_MX, experts_MX = gather(x_MD), gather(weights_MX), gather(experts_MX)
+        count = held[0].shape[0]
+        experts_MX = experts_MX - count * jax.lax.axis_index(sharding.EXPERT_AXES)
+        here_MX = (experts_MX >= 0) & (experts_MX < count)
+        out_MD = _mlp(
+            x_MD,
+            jnp.where(here_MX, weights_MX, 0.0),
+            jnp.where(here_MX, experts_MX, count),
+            *held,
+            alpha=alpha,
+            limit=limit,
+            some_absent=True,
+        )
+        if "expert" not in rows:
+            return jax.lax.psum(out_MD, sharding.EXPERT_AXES).astype(x_MD.dtype)
+        out_MD = jax.lax.psum_scatter(out_MD, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(out_MD, "tensor").astype(x_MD.dtype)
+
+    by_row, by_expert = PartitionSpec(rows or None), PartitionSpec(sharding.EXPERT_AXES)
+    return jax.shard_map(
+        jax.named_scope("expert_mlp")(local),
+        in_specs=(by_row,) * 3 + (by_expert,) * 4,
+        out_specs=by_row,
+    )(x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias)
+
+
+def _mlp(
+    x_MD,
+    weights_MX,
+    experts_MX,
+    gate_up_EFPD,
+    gate_up_bias_EFP,
+    down_EDF,
+    down_bias_ED,
+    *,
+    alpha,
+    limit,
+    some_absent=False,
+):
+    """`expert_mlp` on one device, float32; with some_absent, pairs of expert E are nobody's."""
     M, X = experts_MX.shape
     E, F, P, D = gate_up_EFPD.shape
     pairs = M * X
@@ -105,24 +179,26 @@ def expert_mlp(
         )
         return out + down_bias_ED[expert].astype(jnp.float32)[None]
 
-    with jax.named_scope("expert_mlp"):
-        if pairs <= max(E, SMALLEST_BLOCK):
-            rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
-            out = _for_each(one, rows, experts_MX.reshape(-1), F * P * D + D * F)[:, 0]
-        else:
-            block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
-            slots, sources, block_experts = group(experts_MX.reshape(-1), E, block)
-            rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
-            rows = rows.reshape(-1, block, D)
-            out = _for_each(one, rows, block_experts, F * P * D + D * F).reshape(-1, D)[slots]
-        out = out.reshape(M, X, D) * weights_MX[..., None]
-        return out.sum(1).astype(x_MD.dtype)
+    run = functools.partial(_for_each, unpacked=F * P * D + D * F)
+    if some_absent:
+        run = functools.partial(_for_each_present, count=E)
+    if pairs <= max(E, SMALLEST_BLOCK):
+        rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
+        out = run(one, rows, experts_MX.reshape(-1))[:, 0]
+    else:
+        block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
+        slots, sources, block_experts = group(experts_MX.reshape(-1), E + some_absent, block)
+        rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
+        rows = rows.reshape(-1, block, D)
+        out = run(one, rows, block_experts).reshape(-1, D)[slots]
+    return (out.reshape(M, X, D) * weights_MX[..., None]).sum(1)
 
 
 def group(
     experts_R: Int[Array, " R"], count: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sorts rows by expert into blocks of `block` slots, each of one expert; nothing is dropped, whatever the load.
+    """Sorts rows by expert into blocks of `block` slots, each of one expert; nothing is dropped,
+    whatever the load.
 
     Args:
       experts_R: Expert of each row.
@@ -130,7 +206,8 @@ def group(
       block: Slots a block.
 
     Returns:
-      slot of each row [R]; row of each slot [blocks * block], R * large for an empty one; expert of each block.
+      slot of each row [R]; row of each slot [blocks * block], R * large for an empty one; expert of
+      each block.
     """
     R = experts_R.shape[0]
     blocks = R // block + min(count, R)  # sum of ceil(c_e / block) is never more
@@ -155,10 +232,29 @@ def group(
 
 
 def _for_each(one, rows, experts, unpacked):
-    """one(rows[i], experts[i]) for every i: all at once if the unpacked weights are few, else one after another."""
+    """one(rows[i], experts[i]) for every i: all at once if the unpacked weights are few, else one
+    after another.
+    """
     if rows.shape[0] * unpacked <= UNPACKED_LIMIT:
         return jax.vmap(one)(rows, experts)
     return jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), (rows, experts))
+
+
+def _for_each_present(one, rows, experts, count):
+    """`_for_each`, one after another; expert `count` is nobody's: zeros, its step is skipped."""
+
+    def present(pair):
+        return one(*pair)
+
+    def absent(pair):
+        found = jax.eval_shape(present, pair)
+        return jax.lax.pcast(jnp.zeros(found.shape, found.dtype), tuple(found.vma), to="varying")
+
+    @jax.checkpoint
+    def step(pair):
+        return jax.lax.cond(pair[1] < count, present, absent, pair)
+
+    return jax.lax.map(step, (rows, experts))
 
 
 def _unpack(weight: Weight, dtype) -> jax.Array:

@@ -1,4 +1,6 @@
-"""Rotary position embedding with YaRN, as gpt-oss uses it: bounds not rounded, concentration on cos and sin."""
+"""Rotary position embedding with YaRN, as gpt-oss uses it: bounds not rounded, concentration on cos
+and sin.
+"""
 
 import functools
 import math
@@ -20,8 +22,9 @@ def frequencies(
 ) -> tuple[np.ndarray, float]:
     """Inverse frequencies and the concentration.
 
-    Frequencies that turn more than beta_fast times in the original context are kept, those that turn less than
-    beta_slow times are divided by the factor, between them a linear ramp; the bounds are not rounded (truncate: false).
+    Frequencies that turn more than beta_fast times in the original context are kept, those that
+    turn less than beta_slow times are divided by the factor, between them a linear ramp; the bounds
+    are not rounded (truncate: false).
 
     Args:
       head_dim: Size of a head, even.
@@ -34,7 +37,8 @@ def frequencies(
     Returns:
       float32 [head_dim / 2] in radians a position, and the factor of both cos and sin.
 
-    Source: Peng et al. 2023 (YaRN), section 3.2; openai/gpt-oss gpt_oss/torch/model.py RotaryEmbedding.
+    Source: Peng et al. 2023 (YaRN), section 3.2; openai/gpt-oss gpt_oss/torch/model.py
+    RotaryEmbedding.
     """
     half = head_dim // 2
     base = theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
