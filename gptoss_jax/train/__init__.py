@@ -1,0 +1,1 @@
+"""Training: the recipe of gpt-oss-tiny and its evaluation."""
