@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax import steps
+from gptoss_jax import cache as kv
+from gptoss_jax import sharding, steps
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
@@ -110,8 +111,8 @@ class Model:
             self._check_ids(row, 0)
         length = max(len(row) for row in rows)
         width = next((n for n in CHUNKS if n >= length), -(-length // CHUNKS[-1]) * CHUNKS[-1])
-        ids, mask = _pad(rows, width)
-        out = steps.score(self.params, ids, mask, config=self.config)
+        ids, mask = (self._array(x, "BT") for x in _pad(rows, width))
+        out = self._on_mesh(steps.score, self.params, ids, mask, config=self.config)
         if hasattr(tokens, "ndim"):
             return out[:, :length]
         return [out[i, : len(row)] for i, row in enumerate(rows)]
@@ -235,12 +236,14 @@ class Model:
             most = max(n + r.limit for n, r in zip(lengths, readers, strict=True) if not r.finished)
             room = capacity - max(lengths) - made
             if room <= 0:
-                state = _grow(state, min(2 * capacity, self.max_context), self.config)
+                capacity = min(2 * capacity, self.max_context)
+                state = self._on_mesh(_grow, state, capacity, self.config)
                 continue
             size = min(chunk, room, most - min(lengths) - made)
             if chunk < DECODE and made < STREAM:
                 size = min(size, 2)  # the first words at once
-            state, out = steps.decode(
+            state, out = self._on_mesh(
+                steps.decode,
                 self.params,
                 state,
                 arrays,
@@ -257,7 +260,19 @@ class Model:
                     yield i, reader.read(out, i)
             done = [r.finished for r in readers] + [True] * pad
             if any(done):
-                state = dataclasses.replace(state, done_B=state.done_B | jnp.asarray(done))
+                stopped_B = self._array(out.stopped_B | np.array(done), "B")
+                state = dataclasses.replace(state, done_B=stopped_B)
+
+    def _array(self, x: np.ndarray, letters: str) -> jax.Array:
+        """An array of the host on the model's devices."""
+        return jnp.asarray(x) if self.mesh is None else sharding.put(x, letters, self.mesh)
+
+    def _on_mesh(self, call: Callable[..., Any], *arguments, **keywords) -> Any:
+        """call(...) where it finds the model's mesh; a plain call without one."""
+        if self.mesh is None:
+            return call(*arguments, **keywords)
+        with jax.set_mesh(self.mesh):
+            return call(*arguments, **keywords)
 
     def _stop_ids(self, settings: Sequence[Sampling], batch: int) -> jax.Array:
         own = self.config.eos_token_ids
@@ -271,24 +286,31 @@ class Model:
     def _prefill(self, ids: Sequence[np.ndarray], copies: int, total: int) -> steps.State:
         """State of the prompts, padded to a power of two of rows when rows are not copied."""
         batch = len(ids) if copies > 1 else 1 << (len(ids) - 1).bit_length()
+        if self.mesh is not None and len(ids) > 1:  # every copy of the model gets as many rows
+            copies_of_model = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            batch = -(-batch // copies_of_model) * copies_of_model
         rows = [*ids, *[np.zeros(0, np.int32)] * (batch - len(ids))]
         dtype = self.params["embedding"].dtype
         capacity = min(self.max_context, max(MIN_CAPACITY, 1 << (total - 1).bit_length()))
-        cache = make_cache(self.config, batch, capacity, dtype)
-        last_BD = jnp.zeros((batch, self.config.hidden_size), dtype)
+        empty = _empty if self.mesh is None else _empty_spread
+        cache, last_BD = self._on_mesh(empty, self.config, batch, capacity, dtype)
         seen = np.zeros((batch, self.config.vocab_size), np.int8)
         for i, row in enumerate(rows):
             seen[i, row] = 1
         longest, at = max(len(row) for row in rows), 0
         while at < longest:
             width = next((n for n in CHUNKS if n >= longest - at), CHUNKS[-1])
-            part, mask = _pad([row[at : at + width] for row in rows], width)
-            cache, last_BD = steps.prefill(
-                self.params, part, mask, cache, last_BD, config=self.config
+            padded = _pad([row[at : at + width] for row in rows], width)
+            part, mask = (self._array(x, "BT") for x in padded)
+            cache, last_BD = self._on_mesh(
+                steps.prefill, self.params, part, mask, cache, last_BD, config=self.config
             )
             at += width
-        parts = cache, last_BD, jnp.asarray(seen), jnp.asarray([len(row) == 0 for row in rows])
-        return steps.start(self.params, *(parts if copies == 1 else steps.repeat(parts, copies)))
+        done = np.array([len(row) == 0 for row in rows])
+        parts = cache, last_BD, self._array(seen, "BV"), self._array(done, "B")
+        if copies > 1:
+            parts = self._on_mesh(steps.repeat, parts, copies)
+        return self._on_mesh(steps.start, self.params, *parts)
 
 
 class _Reader:
@@ -378,12 +400,12 @@ def _as_settings(sampling, count: int) -> list[Sampling]:
     return list(sampling)
 
 
-def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[jax.Array, jax.Array]:
+def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, True
-    return jnp.asarray(ids), jnp.asarray(mask)
+    return ids, mask
 
 
 def _capacity(cache: KVCache, config: GptOssConfig) -> int:
@@ -410,12 +432,23 @@ def _grow(state: steps.State, capacity: int, config: GptOssConfig) -> steps.Stat
     cache = dataclasses.replace(
         state.cache, keys=wider(state.cache.keys), values=wider(state.cache.values)
     )
-    return dataclasses.replace(state, cache=cache)
+    return dataclasses.replace(state, cache=kv.constrain(cache))
+
+
+def _empty(config: GptOssConfig, batch: int, capacity: int, dtype) -> tuple[KVCache, jax.Array]:
+    """Cache and last hidden states before the first token."""
+    last_BD = sharding.constrain(jnp.zeros((batch, config.hidden_size), dtype), "BD")
+    return kv.constrain(make_cache(config, batch, capacity, dtype)), last_BD
+
+
+# On a mesh no device may hold the whole cache, not even at first.
+_empty_spread = jax.jit(_empty, static_argnums=(0, 1, 2, 3))
 
 
 def load(
     source: str | os.PathLike[str] = TINY,
     *,
+    mesh: sharding.Sizes | None = None,
     dtype: str | None = None,
     max_context: int | None = None,
     revision: str | None = None,
@@ -428,6 +461,9 @@ def load(
       source: "gpt-oss-tiny" (in the package), a Hub id such as "openai/gpt-oss-20b", or a folder:
         Hugging Face's layout (MXFP4 or bfloat16), OpenAI's original one, or an Orbax checkpoint
         made by `gptoss convert`.
+      mesh: Devices to spread it over, by axes of sharding.py: {"expert": 4, "data": 2}, the same as
+        text ("expert=4,data=2"), or a jax.sharding.Mesh; {} for one device. By default all
+        accelerators, as `sharding.default_sizes` says; on CPU one device.
       dtype: "bfloat16" or "float32", of everything that is not packed MXFP4; by default bfloat16,
         except that a CPU takes float32 for models below 1 GiB.
       max_context: Longest sequence, in tokens; by default the model's.
@@ -439,8 +475,8 @@ def load(
       The model.
 
     Raises:
-      GptOssError: The source cannot be found or does not hold a gpt-oss model; the message says
-        what to do.
+      GptOssError: The source cannot be found or does not hold a gpt-oss model, or the mesh does not
+        fit it or the devices; the message says what to do.
     """
     from gptoss_jax import checkpoint, hub  # the file formats are loaded only when they are needed
 
@@ -454,14 +490,20 @@ def load(
             < SMALL_BYTES
         )
         dtype = "float32" if small and jax.default_backend() == "cpu" else "bfloat16"
-    config, params = checkpoint.load_params(folder, dtype=jnp.dtype(dtype), progress=progress)
+    spread = sharding.choose_mesh(mesh, checkpoint.open_checkpoint(folder).config)
+    config, params = checkpoint.load_params(
+        folder,
+        dtype=jnp.dtype(dtype),
+        shardings=None if spread is None else sharding.for_loading(spread),
+        progress=progress,
+    )
     if max_context is not None and not 0 < max_context <= config.max_context:
         raise GptOssError(
             f"max_context is {max_context}: this model's context is 1 to {config.max_context}"
         )
-    return Model(
-        config, params, load_tokenizer(folder), max_context or config.max_context, str(source)
-    )
+    tokenizer = load_tokenizer(folder)
+    context = max_context or config.max_context
+    return Model(config, params, tokenizer, context, str(source), spread)
 
 
 def use_compilation_cache() -> None:

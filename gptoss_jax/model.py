@@ -164,9 +164,13 @@ class Mlp(_Declared):
         norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(
             -1, config.hidden_size
         )
-        chosen = config.experts_per_token
+        rows = batch_axes(x_BTD.shape[0])
         weights, experts = ops.route(
-            norm, self.router.get_value(), self.router_bias.get_value(), chosen
+            norm,
+            self.router.get_value(),
+            self.router_bias.get_value(),
+            config.experts_per_token,
+            rows,
         )
         out = ops.expert_mlp(
             norm,
@@ -178,7 +182,7 @@ class Mlp(_Declared):
             self.down_bias.get_value(),
             alpha=config.swiglu_alpha,
             limit=config.swiglu_limit,
-            rows=batch_axes(x_BTD.shape[0]),
+            rows=rows,
         )
         return x_BTD + out.reshape(x_BTD.shape), experts.reshape(*x_BTD.shape[:2], -1)
 

@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from gptoss_jax import sharding
 from gptoss_jax.errors import GptOssError
 
 BIAS_SLOTS = (
@@ -277,5 +279,23 @@ def logprobs(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"], top: in
     """
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0] - total_B
-    values_Bn, ids_Bn = jax.lax.top_k(logits_BV, top)
+    values_Bn, ids_Bn = _likeliest(logits_BV, top)
     return chosen_B, ids_Bn.astype(jnp.int32), values_Bn - total_B[:, None]
+
+
+def _likeliest(logits_BV, top):
+    """lax.top_k; on a mesh every device searches its part of the vocabulary and sends `top` pairs,
+    where the partitioner would gather the logits.
+    """
+    if sharding.current() is None or top == 0:
+        return jax.lax.top_k(logits_BV, top)
+
+    def part(logits_BV):
+        size = logits_BV.shape[1]
+        values, ids = jax.lax.top_k(logits_BV, min(top, size))
+        return values, ids + size * jax.lax.axis_index("tensor")
+
+    spec = PartitionSpec(sharding.batch_axes(logits_BV.shape[0]) or None, "tensor")
+    values, ids = jax.shard_map(part, in_specs=spec, out_specs=spec)(logits_BV)
+    values_Bn, places = jax.lax.top_k(values, top)
+    return values_Bn, jnp.take_along_axis(ids, places, axis=1)

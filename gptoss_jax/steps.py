@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gptoss_jax import cache as kv
 from gptoss_jax.cache import KVCache
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import Params, hidden, unembed
 from gptoss_jax.sampling import SamplingArrays, logprobs, sample
+from gptoss_jax.sharding import constrain, replicate
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,19 @@ class Output:
     steps: jax.Array
 
 
+def settle(state: State) -> State:
+    """The state held to its place on the context's mesh, so that every step leaves it where the
+    next one expects it; itself without a mesh.
+    """
+    return State(
+        kv.constrain(state.cache),
+        constrain(state.logits_BV, "BV"),
+        constrain(state.seen_BV, "BV"),
+        constrain(state.counts_BV, "BV"),
+        constrain(state.done_B, "B"),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_BD"))
 def prefill(
     params: Params,
@@ -87,20 +102,26 @@ def prefill(
     steps = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     index_B = jnp.where(mask_BT, steps, -1).max(1)
     found = jnp.take_along_axis(x_BTD, jnp.maximum(index_B, 0)[:, None, None], axis=1)[:, 0]
-    return after, jnp.where((index_B >= 0)[:, None], found, last_BD)
+    return after, constrain(jnp.where((index_B >= 0)[:, None], found, last_BD), "BD")
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def start(params: Params, cache: KVCache, last_BD, seen_BV, done_B) -> State:
     """State after prefill; the cache is donated."""
     logits_BV = unembed(params, last_BD)
-    return State(cache, logits_BV, seen_BV, jnp.zeros(logits_BV.shape, jnp.int32), done_B)
+    return settle(State(cache, logits_BV, seen_BV, jnp.zeros(logits_BV.shape, jnp.int32), done_B))
 
 
 @functools.partial(jax.jit, static_argnames=("copies",))
 def repeat(rows, copies: int):
-    """Every row of every array `copies` times: n completions share one prefill."""
-    return jax.tree.map(functools.partial(jnp.repeat, repeats=copies, axis=0), rows)
+    """Every row of cache, last_BD, seen_BV and done_B `copies` times: n completions share one
+    prefill.
+    """
+    cache, last_BD, seen_BV, done_B = jax.tree.map(
+        functools.partial(jnp.repeat, repeats=copies, axis=0), rows
+    )
+    last_BD, done_B = constrain(last_BD, "BD"), constrain(done_B, "B")
+    return kv.constrain(cache), last_BD, constrain(seen_BV, "BV"), done_B
 
 
 def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, config: GptOssConfig):
@@ -120,7 +141,8 @@ def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, co
         params, tokens_B[:, None], state.cache, config=config, mask=~state.done_B[:, None]
     )
     assert cache is not None
-    return State(cache, unembed(params, x_B1D[:, 0]), state.seen_BV, counts_BV, done_B), out_B
+    logits_BV = unembed(params, x_B1D[:, 0])
+    return settle(State(cache, logits_BV, state.seen_BV, counts_BV, done_B)), out_B
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "top"), donate_argnames=("state",))
@@ -184,7 +206,8 @@ def decode(
         chosen, ids, values = (put(old, new[:, None]) for old, new in columns)
         return state, Output(tokens, chosen, ids, values, state.done_B, i + 1)
 
-    return jax.lax.while_loop(running, body, (state, empty))
+    state, out = jax.lax.while_loop(running, body, (state, empty))
+    return state, replicate(out)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

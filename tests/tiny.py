@@ -67,13 +67,11 @@ def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
 
 
 @functools.lru_cache
-def tokenizer():
-    """A pruned tokenizer of CONFIG.vocab_size tokens: 256 bytes, the control tokens, some pairs of
-    letters.
-    """
+def tokenizer(size: int = CONFIG.vocab_size):
+    """A pruned tokenizer of `size` tokens: 256 bytes, the control tokens, some pairs of letters."""
     with tempfile.TemporaryDirectory() as folder:
         kept = kept_ids([])
-        pairs = [i for i in range(256, 1000) if i not in kept][: CONFIG.vocab_size - len(kept)]
+        pairs = [i for i in range(256, 1000) if i not in kept][: size - len(kept)]
         write_kept(Path(folder) / KEPT_FILE, sorted([*kept, *pairs]))
         return load_tokenizer(folder)
 

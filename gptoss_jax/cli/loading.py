@@ -22,6 +22,10 @@ class ModelArguments:
     """A Hub id such as openai/gpt-oss-20b, or a folder; by default gpt-oss-tiny from the
     package.
     """
+    mesh: str | None = None
+    """Devices to spread it over, such as expert=4,data=2 (axes data, fsdp, expert, tensor); by
+    default all accelerators.
+    """
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of everything that is not packed MXFP4; by default bfloat16, on CPU float32 for models below
     1 GiB.
@@ -117,6 +121,7 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
     with _loading(name, folder) as progress:
         model = load(
             folder,
+            mesh=arguments.mesh,
             dtype=arguments.dtype,
             max_context=arguments.max_context,
             progress=progress,

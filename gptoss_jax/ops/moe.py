@@ -30,6 +30,7 @@ def route(
     weight_ED: Float[Array, "E D"],
     bias_E: Float[Array, " E"],
     chosen: int,
+    rows: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "M X"], Int[Array, "M X"]]:
     """Chooses experts by the largest logits and weighs them by a softmax over the chosen ones.
 
@@ -38,17 +39,25 @@ def route(
       weight_ED: Router weight.
       bias_E: Router bias, part of the logits.
       chosen: Experts a token (X).
+      rows: Mesh axes over which M is spread (`sharding.batch_axes`); () without a mesh.
 
     Returns:
       float32 weights [M, X] that sum to 1, and int32 expert ids [M, X].
 
     Source: openai/gpt-oss gpt_oss/torch/model.py MLPBlock.forward (softmax after top-k).
     """
-    with jax.named_scope("route"):
+
+    @jax.named_scope("route")
+    def local(x_MD, weight_ED, bias_E):
         logits = jnp.einsum("MD,ED->ME", x_MD, weight_ED, preferred_element_type=jnp.float32)
         logits = logits + bias_E.astype(jnp.float32)[None]
         top, experts = jax.lax.top_k(logits, chosen)
         return jax.nn.softmax(top, axis=-1), experts.astype(jnp.int32)
+
+    if rows:  # left alone, the partitioner gathers what top_k takes
+        by_row, whole = PartitionSpec(rows), PartitionSpec()
+        local = jax.shard_map(local, in_specs=(by_row, whole, whole), out_specs=by_row)
+    return local(x_MD, weight_ED, bias_E)
 
 
 def swiglu(
@@ -118,12 +127,19 @@ def _spread_mlp(
     M X pairs on one device. Weights travel over fsdp only, as packed bytes.
     """
 
+    shape = sharding.current().shape
+    spread = tuple(axis for axis in sharding.EXPERT_AXES if shape[axis] > 1)
+    by_row, by_expert = PartitionSpec(rows or None), PartitionSpec(spread or None)
+    gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="expert", tiled=True)
+    rest = tuple(axis for axis in spread if axis not in rows)
+
+    @jax.named_scope("expert_mlp")
     def local(x_MD, weights_MX, experts_MX, *held):
         if "expert" in rows:
-            gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
             x_MD, weights_MX, experts_MX = gather(x_MD), gather(weights_MX), gather(experts_MX)
         count = held[0].shape[0]
-        experts_MX = experts_MX - count * jax.lax.axis_index(sharding.EXPERT_AXES)
+        experts_MX = experts_MX - count * (jax.lax.axis_index(spread) if spread else 0)
         here_MX = (experts_MX >= 0) & (experts_MX < count)
         out_MD = _mlp(
             x_MD,
@@ -132,19 +148,16 @@ def _spread_mlp(
             *held,
             alpha=alpha,
             limit=limit,
-            some_absent=True,
+            spread=tuple(dict.fromkeys((*rows, *spread))),
         )
-        if "expert" not in rows:
-            return jax.lax.psum(out_MD, sharding.EXPERT_AXES).astype(x_MD.dtype)
-        out_MD = jax.lax.psum_scatter(out_MD, "expert", scatter_dimension=0, tiled=True)
-        return jax.lax.psum(out_MD, "tensor").astype(x_MD.dtype)
+        if "expert" in rows:
+            out_MD = scatter(out_MD)
+        return (jax.lax.psum(out_MD, rest) if rest else out_MD).astype(x_MD.dtype)
 
-    by_row, by_expert = PartitionSpec(rows or None), PartitionSpec(sharding.EXPERT_AXES)
-    return jax.shard_map(
-        jax.named_scope("expert_mlp")(local),
-        in_specs=(by_row,) * 3 + (by_expert,) * 4,
-        out_specs=by_row,
-    )(x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias)
+    specs = (by_row,) * 3 + (by_expert,) * 4
+    return jax.shard_map(local, in_specs=specs, out_specs=by_row)(
+        x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias
+    )
 
 
 def _mlp(
@@ -158,9 +171,9 @@ def _mlp(
     *,
     alpha,
     limit,
-    some_absent=False,
+    spread=(),
 ):
-    """`expert_mlp` on one device, float32; with some_absent, pairs of expert E are nobody's."""
+    """`expert_mlp` on one device, float32; `spread` over mesh axes, expert E is nobody's."""
     M, X = experts_MX.shape
     E, F, P, D = gate_up_EFPD.shape
     pairs = M * X
@@ -180,14 +193,14 @@ def _mlp(
         return out + down_bias_ED[expert].astype(jnp.float32)[None]
 
     run = functools.partial(_for_each, unpacked=F * P * D + D * F)
-    if some_absent:
-        run = functools.partial(_for_each_present, count=E)
+    if spread:
+        run = functools.partial(_for_each_present, count=E, spread=spread)
     if pairs <= max(E, SMALLEST_BLOCK):
         rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
         out = run(one, rows, experts_MX.reshape(-1))[:, 0]
     else:
         block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
-        slots, sources, block_experts = group(experts_MX.reshape(-1), E + some_absent, block)
+        slots, sources, block_experts = group(experts_MX.reshape(-1), E + bool(spread), block)
         rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
         rows = rows.reshape(-1, block, D)
         out = run(one, rows, block_experts).reshape(-1, D)[slots]
@@ -240,15 +253,14 @@ def _for_each(one, rows, experts, unpacked):
     return jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), (rows, experts))
 
 
-def _for_each_present(one, rows, experts, count):
+def _for_each_present(one, rows, experts, count, spread):
     """`_for_each`, one after another; expert `count` is nobody's: zeros, its step is skipped."""
 
     def present(pair):
         return one(*pair)
 
     def absent(pair):
-        found = jax.eval_shape(present, pair)
-        return jax.lax.pcast(jnp.zeros(found.shape, found.dtype), tuple(found.vma), to="varying")
+        return jax.lax.pcast(jnp.zeros(pair[0].shape, jnp.float32), spread, to="varying")
 
     @jax.checkpoint
     def step(pair):
