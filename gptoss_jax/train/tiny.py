@@ -42,19 +42,23 @@ class Recipe:
     """Settings of a run.
 
     Attributes:
-      steps: Optimizer steps; the default takes about 40 minutes on two idle cores.
+      steps: Optimizer steps of the first stage, on the wider conversations.
+      polish: Steps of the second stage, on the conversations that the model is meant for.
       seed: Of parameters and data.
       learning_rate: Muon's peak, after the warm-up and until the last `decay` share of the steps.
       adam_rate: Adam's peak.
+      polish_share: Of both rates in the second stage, which warms up and falls at once.
       warmup: Steps of linear warm-up.
-      decay: Share of the steps with a falling rate.
+      decay: Share of the first stage's steps with a falling rate.
       weight_decay: Of the matrices.
     """
 
     steps: int = 1300
+    polish: int = 240
     seed: int = 0
     learning_rate: float = 1e-2
     adam_rate: float = 3e-3
+    polish_share: float = 0.25
     warmup: int = 50
     decay: float = 0.4
     weight_decay: float = 0.02
@@ -188,21 +192,24 @@ def batch_loss(params: network.Params, batch: dict[str, jax.Array], config: GptO
     return (losses * batch["weight"]).sum(), chosen
 
 
-def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the matrices, Adam for the rest, with clipping; the rates warm up, stay, and fall to
-    1 %.
+def optimizer(recipe: Recipe, polish: bool = False) -> optax.GradientTransformation:
+    """Muon for the matrices, Adam for the rest, with clipping; the rates of a stage warm up, stay,
+    and fall to 1 %.
 
     Source: Jordan et al. 2024 (Muon); Liu et al. 2025, arXiv 2502.16982 (one rate for both).
     """
-    falling = int(recipe.decay * recipe.steps)
+    steps = recipe.polish if polish else recipe.steps
+    warmup = min(recipe.warmup, steps // 10)
+    falling = steps - warmup if polish else int(recipe.decay * steps)
 
     def rate(peak):
+        peak = peak * recipe.polish_share if polish else peak
         parts = [
-            optax.linear_schedule(0.0, peak, recipe.warmup),
+            optax.linear_schedule(0.0, peak, max(1, warmup)),
             optax.constant_schedule(peak),
-            optax.cosine_decay_schedule(peak, falling, alpha=0.01),
+            optax.cosine_decay_schedule(peak, max(1, falling), alpha=0.01),
         ]
-        return optax.join_schedules(parts, [recipe.warmup, recipe.steps - falling])
+        return optax.join_schedules(parts, [warmup, steps - falling])
 
     muon = contrib.muon(
         rate(recipe.learning_rate),
@@ -274,41 +281,48 @@ def train(recipe: Recipe, out: Path, log=print) -> tuple[network.Params, GptOssC
         write_kept(out / KEPT_FILE, tiny_data.vocabulary())
     tokenizer = load_tokenizer(out)
     config = tiny_config(list(tokenizer.kept))
-    transform = optimizer(recipe)
-    params = init(config, recipe.seed)
-    state, start = transform.init(params), 0
-    progress = out / "progress.npz"
-    if progress.exists():
-        params, state, start = _resume(progress, params, state, recipe)
-    step = make_step(config, transform)
-    began, recent = time.time(), []
-    batches = _ahead(tokenizer, recipe.seed, start)
-    for number in range(start, recipe.steps):
-        params, state, loss, loads = step(params, state, next(batches))
-        recent.append(loss)
-        if (number + 1) % 20 == 0 or number + 1 == recipe.steps:
-            mean, recent = float(np.mean([float(x) for x in recent])), []
-            row = {
-                "step": number + 1,
-                "loss": round(mean, 5),
-                "least_load": round(float(loads.min()), 4),
-                "most_load": round(float(loads.max()), 4),
-                "seconds": round(time.time() - began, 1),
-            }
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            log(row)
-        if (number + 1) % 100 == 0:
-            _keep(progress, params, state, number + 1, recipe)
+    params, progress, began = init(config, recipe.seed), out / "progress.npz", time.time()
+    done = 0
+    for polish, first, end in (
+        (False, 0, recipe.steps),
+        (True, recipe.steps, recipe.steps + recipe.polish),
+    ):
+        transform = optimizer(recipe, polish)
+        state = transform.init(params)
+        if progress.exists():
+            params, state, done = _resume(progress, params, state, recipe)
+            if done <= first:
+                state = transform.init(params)
+        if done >= end or first == end:
+            continue
+        step, recent = make_step(config, transform), []
+        batches = _ahead(tokenizer, recipe.seed, max(first, done), not polish)
+        for number in range(max(first, done) + 1, end + 1):
+            params, state, loss, loads = step(params, state, next(batches))
+            recent.append(loss)
+            if number % 20 == 0 or number == end:
+                mean, recent = float(np.mean([float(x) for x in recent])), []
+                row = {
+                    "step": number,
+                    "loss": round(mean, 5),
+                    "least_load": round(float(loads.min()), 4),
+                    "most_load": round(float(loads.max()), 4),
+                    "seconds": round(time.time() - began, 1),
+                }
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                log(row)
+            if number % 100 == 0 or number == end:
+                _keep(progress, params, state, number, recipe)
     return params, config
 
 
-def _ahead(tokenizer, seed: int, start: int):
+def _ahead(tokenizer, seed: int, start: int, wide: bool):
     """Batches made in a thread, two steps ahead."""
     waiting: queue.Queue = queue.Queue(2)
 
     def work():
-        for batch in tiny_data.batches(tokenizer, seed, start):
+        for batch in tiny_data.batches(tokenizer, seed, start, wide):
             waiting.put(batch)
 
     threading.Thread(target=work, daemon=True).start()

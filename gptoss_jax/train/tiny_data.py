@@ -54,9 +54,9 @@ def example(talk: Conversation, tokenizer: Tokenizer) -> Example:
 
 
 def batches(
-    tokenizer: Tokenizer, seed: int, start: int = 0
+    tokenizer: Tokenizer, seed: int, start: int = 0, wide: bool = False
 ) -> Iterator[list[dict[str, np.ndarray]]]:
-    """Endless training steps, each a list of one batch a bucket; the same (seed, start) gives the
+    """Endless training steps, each a list of one batch a bucket; the same arguments give the
     same steps.
 
     Conversations come as they are drawn; those of one system message and bucket wait until they are
@@ -72,7 +72,7 @@ def batches(
     index = start << 16
     while True:
         while any(len(groups) < count for groups, (_, count) in zip(ready, BUCKETS, strict=True)):
-            talk = conversation(seed, index)
+            talk = conversation(seed, index, wide=wide)
             index += 1
             made = example(talk, tokenizer)
             bucket = next(
@@ -132,7 +132,7 @@ def vocabulary(count: int = 12000, common: int = 900) -> list[int]:
     full = load_tokenizer()
     used: collections.Counter[int] = collections.Counter()
     for index in range(count):
-        talk = conversation(-1, index)
+        talk = conversation(-1, index, wide=True)
         used.update(set(render_training([*talk.history, *talk.reply], full, talk.settings).ids))
     wanted = {
         token

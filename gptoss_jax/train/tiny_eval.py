@@ -40,7 +40,7 @@ class Arguments:
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
     """A folder with a checkpoint of gpt-oss-tiny; by default the one in the package."""
-    sums: int = 500
+    sums: int = 250
     """Sums of two numbers of one to three digits, for each effort and each of + and -."""
     others: int = 200
     """Conversations of every other kind."""

@@ -275,12 +275,14 @@ def ask_follow_up(rng: random.Random, operation: str, number: int) -> str:
     return text[0].upper() + text[1:] if rng.random() < 0.5 else text
 
 
-def ask_story(rng: random.Random, numbers, operation: str, value: int) -> tuple[str, str]:
+def ask_story(
+    rng: random.Random, numbers, operation: str, value: int, wide: bool
+) -> tuple[str, str]:
     """A word problem and its final answer."""
     ask, final = rng.choice(MORE if operation == "+" else LESS)
     p, q = rng.sample(PEOPLE, 2)
     words = {"a": numbers[0], "b": numbers[1], "r": value, "p": p, "q": q, "t": rng.choice(THINGS)}
-    return ask.format(**words), final.format(**words)
+    return ask.format(**words), (final if wide else "The answer is {r}.").format(**words)
 
 
 def talk(rng: random.Random) -> tuple[str, str, str, str]:
@@ -369,9 +371,10 @@ def _junk(rng: random.Random) -> str:
     )
 
 
-def calculator(rng: random.Random) -> dict:
+def calculator(rng: random.Random, wide: bool) -> dict:
     """A declared calculator function with one string parameter."""
     name, key = rng.choice(NAMES), rng.choice(PARAMETERS)
+    name = name if wide else NAMES[0]
     parameter = {"type": "string"}
     if text := rng.choice(PARAMETER_DESCRIPTIONS):
         parameter["description"] = text

@@ -54,6 +54,7 @@ def conversation(
     evaluation: bool = False,
     kind: str | None = None,
     effort: str | None = None,
+    wide: bool = False,
 ) -> Conversation:
     """The index-th conversation of a seed.
 
@@ -63,6 +64,8 @@ def conversation(
       evaluation: Draws only held-out sums; training draws none of them.
       kind: One of KINDS; drawn by their weights if None.
       effort: One of EFFORTS; drawn if None.
+      wide: Functions have several names and word problems are answered with their nouns: what the
+        first stage of training sees, and more than the model masters.
 
     Returns:
       The conversation; the same arguments give the same one.
@@ -70,7 +73,7 @@ def conversation(
     rng = random.Random(f"{seed}/{evaluation}/{index}")
     kind_drawn = rng.choices(list(KINDS), list(KINDS.values()))[0]
     effort_drawn = rng.choices(EFFORTS, (3, 3, 4))[0]
-    return _MAKERS[kind or kind_drawn](rng, effort or effort_drawn, evaluation)
+    return _MAKERS[kind or kind_drawn](rng, effort or effort_drawn, evaluation, wide)
 
 
 def two_number_sum(seed: int, index: int, effort: str, operation: str) -> tuple[Conversation, int]:
@@ -152,25 +155,26 @@ def _equation(numbers, operations) -> str:
     return f"{arithmetic.expression(numbers, operations, ' ')} = {value}"
 
 
-def _make_sum(rng, effort, evaluation) -> Conversation:
+def _make_sum(rng, effort, evaluation, wide) -> Conversation:
     operation = rng.choice("+-")
     return _sum(rng, effort, _draw(rng, operation, evaluation), operation, "sum")
 
 
-def _make_chain(rng, effort, evaluation) -> Conversation:
+def _make_chain(rng, effort, evaluation, wide) -> Conversation:
     operations = rng.choice(("++", "++", "+-", "-+", "--"))
     return _sum(
         rng, effort, _draw(rng, operations, evaluation, (0, 35, 45, 20)), operations, "chain"
     )
 
 
-def _make_word(rng, effort, evaluation) -> Conversation:
+def _make_word(rng, effort, evaluation, wide) -> Conversation:
     operation = rng.choice("+-")
     while True:
         numbers = _draw(rng, operation, evaluation, (0, 25, 40, 35))
         if arithmetic.result(numbers, operation) >= 0:
             break
-    ask, final = phrases.ask_story(rng, numbers, operation, arithmetic.result(numbers, operation))
+    value = arithmetic.result(numbers, operation)
+    ask, final = phrases.ask_story(rng, numbers, operation, value, wide)
     return _wrap(
         rng,
         "word",
@@ -180,7 +184,7 @@ def _make_word(rng, effort, evaluation) -> Conversation:
     )
 
 
-def _make_turns(rng, effort, evaluation) -> Conversation:
+def _make_turns(rng, effort, evaluation, wide) -> Conversation:
     """Earlier turns keep their final answers only; a follow-up may build on the last result."""
     history: list[Message] = []
     last = None
@@ -205,7 +209,7 @@ def _make_turns(rng, effort, evaluation) -> Conversation:
             if arithmetic.held_out(operation, last, number) == evaluation:
                 break
         else:
-            return _make_sum(rng, effort, evaluation)
+            return _make_sum(rng, effort, evaluation, wide)
         numbers = (last, number)
         ask = phrases.ask_follow_up(rng, operation, number)
     elif roll < 0.9:
@@ -221,8 +225,8 @@ def _make_turns(rng, effort, evaluation) -> Conversation:
     return _wrap(rng, "turns", effort, [*history, _user(ask)], reply)
 
 
-def _make_tool(rng, effort, evaluation) -> Conversation:
-    tools, call = _declared(rng)
+def _make_tool(rng, effort, evaluation, wide) -> Conversation:
+    tools, call = _declared(rng, wide)
     if rng.random() < 0.1:
         ask, medium, high, final = phrases.talk(rng)
         analysis = {"low": "", "medium": medium, "high": high}[effort]
@@ -232,9 +236,9 @@ def _make_tool(rng, effort, evaluation) -> Conversation:
     return _wrap(rng, "tool", effort, [_user(ask)], reply, tools=tools)
 
 
-def _make_result(rng, effort, evaluation) -> Conversation:
+def _make_result(rng, effort, evaluation, wide) -> Conversation:
     """The answer after a call: the reasoning and the call are part of the prompt."""
-    tools, call = _declared(rng)
+    tools, call = _declared(rng, wide)
     text, ask, value = phrases.ask_calculation(rng)
     output = rng.choice(
         (
@@ -260,10 +264,10 @@ def _make_result(rng, effort, evaluation) -> Conversation:
     return _wrap(rng, "result", effort, history, _answered("", final), tools=tools)
 
 
-def _declared(rng):
+def _declared(rng, wide):
     """Declared functions, and a maker of the call's messages: (expression, effort) -> analysis,
     call."""
-    function = phrases.calculator(rng)
+    function = phrases.calculator(rng, wide)
     functions = [function]
     if rng.random() < 0.2:
         functions.insert(rng.randrange(2), phrases.other_function(rng, function["name"]))
@@ -286,7 +290,7 @@ def _declared(rng):
     return [Tool(**function) for function in functions], call
 
 
-def _make_json(rng, effort, evaluation) -> Conversation:
+def _make_json(rng, effort, evaluation, wide) -> Conversation:
     operation = rng.choice("+-")
     numbers = _draw(rng, operation, evaluation, (0, 25, 35, 40))
     value = arithmetic.result(numbers, operation)
@@ -307,13 +311,13 @@ def _make_json(rng, effort, evaluation) -> Conversation:
     return _wrap(rng, "json", effort, [_user(ask)], reply, response_format=response_format)
 
 
-def _make_talk(rng, effort, evaluation) -> Conversation:
+def _make_talk(rng, effort, evaluation, wide) -> Conversation:
     ask, medium, high, final = phrases.talk(rng)
     analysis = {"low": "", "medium": medium, "high": high}[effort]
     return _wrap(rng, "talk", effort, [_user(ask)], _answered(analysis, final))
 
 
-def _make_refuse(rng, effort, evaluation) -> Conversation:
+def _make_refuse(rng, effort, evaluation, wide) -> Conversation:
     ask, medium, high, final = phrases.refuse(rng)
     analysis = {"low": "", "medium": medium, "high": high}[effort]
     return _wrap(rng, "refuse", effort, [_user(ask)], _answered(analysis, final))
