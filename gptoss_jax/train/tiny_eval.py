@@ -63,7 +63,7 @@ class Row:
 
     Attributes:
       name: What was asked.
-      right: Answers that are exactly right.
+      right: Answers that are right: the same number, JSON value or sentence, on the right channel.
       total: Conversations.
       analysis: Mean number of tokens in the analysis channel.
     """
@@ -197,13 +197,15 @@ def _greedy(model, name: str, talks: Sequence[Conversation], misses: int, show) 
 
 
 def _same(content: str, wanted) -> bool:
-    """Equal, as JSON values where the wanted content is JSON."""
-    if wanted.content_type is None:
-        return content == wanted.content
-    try:
-        return json.loads(content) == json.loads(wanted.content)
-    except ValueError:
-        return False
+    """Equal; JSON as values; a sum in its result (3 + 71 is 71 + 3)."""
+    if wanted.content_type is not None:
+        try:
+            return json.loads(content) == json.loads(wanted.content)
+        except ValueError:
+            return False
+    if " = " in wanted.content:
+        return content.rpartition(" = ")[1:] == wanted.content.rpartition(" = ")[1:]
+    return content == wanted.content
 
 
 def _sampled(model, arguments: Arguments, show) -> Row:
