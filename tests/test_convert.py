@@ -188,6 +188,26 @@ def test_orbax_loads_to_the_same_as_its_source(folders, kind):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 
+def test_small_and_uneven_chunks(folders, tmp_path, monkeypatch):
+    """Chunks that split rows, pieces of several chunks, and last chunks that are not full."""
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1_300)
+    monkeypatch.setattr(stored, "PIECE_BYTES", 5_000)
+    for layout in ("mxfp4", "bf16"):
+        folder = convert(folders[layout], tmp_path / layout, notice=_silent)
+        counts = [
+            len(list(place.glob("[0-9]*")))
+            for place in (folder / "params").iterdir()
+            if place.is_dir()
+        ]
+        assert max(counts) > 20
+        expected = checkpoint.load_params(folders[layout])[1]
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(folder)[1], expected)
+        found = ocp.load(folder / "params", jax.tree.map(jnp.zeros_like, expected))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        convert(folder, tmp_path / f"{layout}-hf", to="hf", notice=_silent)
+        _same_bytes(tmp_path / f"{layout}-hf", load_file(folders[layout] / "model.safetensors"))
+
+
 def test_saved_trees_load_again(folders, tmp_path):
     config, params = checkpoint.load_params(folders["bf16"], dtype=jnp.float32)
     checkpoint.save_params(tmp_path / "saved", config, params, source="a test")
