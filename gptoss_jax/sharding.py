@@ -105,7 +105,7 @@ def _words(words: Sequence[str], last: str) -> str:
 def make_mesh(
     sizes: Sizes,
     config: GptOssConfig | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh | None:
     """A mesh of all four axes.
 
@@ -180,7 +180,9 @@ def batch_axes(batch: int, mesh: Mesh | AbstractMesh | None = None) -> tuple[str
     """
     mesh = mesh or current()
     axes, parts = (), 1
-    for axis in BATCH_AXES if mesh is not None else ():
+    if mesh is None:
+        return axes
+    for axis in BATCH_AXES:
         size = mesh.shape[axis]
         if size > 1 and batch % (parts * size) == 0:
             axes, parts = (*axes, axis), parts * size

@@ -98,7 +98,10 @@ def test_generate_json_and_response_format(tmp_path):
 def test_raw_continues_text():
     done = gptoss("generate", "12+", "--raw", "--json", "--max-new-tokens", "5", "--seed", "1")
     answer = json.loads(done.stdout)
-    assert (answer["completion_tokens"], answer["finish_reason"]) in [(5, "length"), *((n, "stop") for n in range(5))]
+    assert (answer["completion_tokens"], answer["finish_reason"]) in [
+        (5, "length"),
+        *((n, "stop") for n in range(5)),
+    ]
 
 
 def test_chat_keeps_the_history_and_switches_effort():

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from gptoss_jax.chat.messages import Tool
 from gptoss_jax.errors import GptOssError
@@ -43,7 +43,7 @@ def tool_from_function(function: Callable[..., Any]) -> Tool:
                 "parameters"
             )
     try:
-        schema = TypeAdapter(function).json_schema(schema_generator=Untitled)
+        schema = TypeAdapter(cast(Any, function)).json_schema(schema_generator=Untitled)
     except (PydanticUserError, NameError) as error:
         first = str(error).splitlines()[0]
         raise GptOssError(
@@ -76,7 +76,7 @@ def call_function(function: Callable[..., Any], arguments: str) -> str:
             "parameters' names"
         )
     try:
-        value = TypeAdapter(function).validate_python(ArgsKwargs((), given))
+        value = TypeAdapter(cast(Any, function)).validate_python(ArgsKwargs((), given))
     except ValidationError as error:
         # the function may validate things of its own; both are the caller's business
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]

@@ -141,7 +141,7 @@ def stored_tree(params: dict[str, Any]) -> list[Stored]:
     """The arrays of a parameter tree as what `store.write` and the exporters take."""
     found = []
     for keys, array in jax.tree_util.tree_leaves_with_path(params):
-        path = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
+        path: Any = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
         read = lambda rows, array=array: np.asarray(array[rows])  # noqa: E731
         found.append(Stored(path, array.shape, np.dtype(array.dtype), read))
     return found
@@ -170,7 +170,7 @@ def tree(arrays: dict[ParamPath, Any]) -> dict[str, Any]:
     return _join(root)
 
 
-def _join(node):
+def _join(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if node.keys() == {"blocks", "scales"}:
@@ -186,7 +186,7 @@ def _place(
         return jax.device_put(_ready(opened.read(leaf), dtype)).block_until_ready()
     read: dict[str, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> Any:
         key = str(index)
         if key not in read:
             read[key] = _ready(opened.read(leaf, index), dtype)

@@ -108,7 +108,7 @@ class Tensor:
         with open(self.file, "rb", buffering=0) as file:
             for where in np.ndindex(*out.shape[:outer]):
                 at = base + sum(i * stride for i, stride in zip(where, strides, strict=False))
-                self._fill(file, memoryview(flat[where]), at)
+                self._fill(file, flat[where].data, at)
         return out
 
     def _fill(self, file: io.RawIOBase, view: memoryview, at: int) -> None:
@@ -221,12 +221,12 @@ def write(
         _write_all(stream, len(text).to_bytes(8, "little") + text)
         for piece in pieces:
             data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            _write_all(stream, memoryview(data))
+            _write_all(stream, data.data)
             written += data.nbytes
     assert written == end, (file, written, end)
 
 
 def _write_all(stream, data) -> None:
-    view = memoryview(data)
+    view = data.data
     while view:
         view = view[stream.write(view[:_MAX_IO]) :]

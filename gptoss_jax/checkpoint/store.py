@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from orbax.checkpoint import future
 
 from gptoss_jax import hf_names
 from gptoss_jax.checkpoint.source import read_config, read_json, write_config
@@ -68,7 +70,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
         self.error: BaseException | None = None
         self.entries: dict[str, dict[str, Any]] = {}
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Any, infos, args=None):
         """One commit that writes array after array; Orbax's own would hold all of them."""
         del args
 
@@ -80,7 +82,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
             except BaseException as error:  # Orbax logs three tracebacks of what is raised here
                 self.error = error
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write_all(), name="stored")]
+        return [future.CommitFutureAwaitingContractedSignals(write_all(), name="stored")]
 
     async def _write(self, stored: Stored, folder: Path) -> None:
         chunks = chunk_shape(stored.path, stored.shape, stored.dtype.itemsize)
@@ -175,7 +177,7 @@ def _write_chunks(folder: Path, piece: np.ndarray, first: int, rows: int) -> Non
     for start in range(0, len(piece), rows):
         name = ".".join(map(str, (first + start // rows, *(0,) * (piece.ndim - 1))))
         with open(folder / name, "wb", buffering=0) as file:
-            view = memoryview(piece[start : start + rows].reshape(-1).view(np.uint8))
+            view = piece[start : start + rows].reshape(-1).view(np.uint8).data
             while view:
                 view = view[file.write(view) :]
 
@@ -373,7 +375,7 @@ def open_store(folder: Path) -> Store:
 
 def crc32(array: np.ndarray, start: int = 0) -> int:
     """Checksum of an array's bytes in C order, continued from `start`."""
-    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), start)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
 
 
 def _dtype(name: str) -> np.dtype:

@@ -127,7 +127,9 @@ def _spread_mlp(
     M X pairs on one device. Weights travel over fsdp only, as packed bytes.
     """
 
-    shape = sharding.current().shape
+    mesh = sharding.current()
+    assert mesh is not None
+    shape = mesh.shape
     spread = tuple(axis for axis in sharding.EXPERT_AXES if shape[axis] > 1)
     by_row, by_expert = PartitionSpec(rows or None), PartitionSpec(spread or None)
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def fake_mxfp4(x: jax.Array) -> jax.Array:
     blocks = x.reshape(*x.shape[:-1], -1, mxfp4.BLOCK)
     largest = jnp.abs(blocks).max(-1, keepdims=True)
     exponent = jnp.floor(jnp.log2(jnp.maximum(largest, 1e-20))) - 2
-    best = None
+    best: Any = None
     for offset in (0, 1):
         scale = jnp.exp2(exponent + offset)
         y = jnp.abs(blocks) / scale
@@ -173,7 +174,7 @@ def batch_loss(params: network.Params, batch: dict[str, jax.Array], config: GptO
     """
     prefix, rows = batch["prefix"], batch["rows"]
     branches, length = rows.shape[0] // prefix.shape[0], rows.shape[1] - 1
-    cache = make_cache(config, prefix.shape[0], prefix.shape[1] + length, jnp.float32)
+    cache: Any = make_cache(config, prefix.shape[0], prefix.shape[1] + length, jnp.float32)
     _, cache, _ = network.hidden(params, prefix, cache, config=config, mask=batch["prefix_mask"])
     cache = KVCache(
         *jax.tree.map(
@@ -217,7 +218,7 @@ def optimizer(recipe: Recipe, polish: bool = False) -> optax.GradientTransformat
         weight_decay=recipe.weight_decay,
         adam_b2=0.98,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=_matrices,
+        muon_weight_dimension_numbers=cast(Any, _matrices),
     )
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
@@ -251,7 +252,7 @@ def make_step(config: GptOssConfig, transform: optax.GradientTransformation):
         count = sum(batch["weight"].sum() for batch in step)
         return sum(sums) / count, sum(loads) / len(loads)
 
-    def one(params, state, step):
+    def one(params: Any, state, step):
         (loss, loads), gradient = jax.value_and_grad(total, has_aux=True)(params, step)
         updates, state = transform.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -280,7 +281,7 @@ def train(recipe: Recipe, out: Path, log=print) -> tuple[network.Params, GptOssC
     if not (out / KEPT_FILE).exists():
         write_kept(out / KEPT_FILE, tiny_data.vocabulary())
     tokenizer = load_tokenizer(out)
-    config = tiny_config(list(tokenizer.kept))
+    config = tiny_config(list(tokenizer.kept or ()))
     params, progress, began = init(config, recipe.seed), out / "progress.npz", time.time()
     done = 0
     for polish, first, end in (
@@ -334,7 +335,7 @@ def _keep(path: Path, params, state, step: int, recipe: Recipe) -> None:
     leaves = jax.tree.leaves((params, state))
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        arrays = {str(i): np.asarray(x) for i, x in enumerate(leaves)}
+        arrays: dict[str, Any] = {str(i): np.asarray(x) for i, x in enumerate(leaves)}
         np.savez(file, step=step, recipe=json.dumps(dataclasses.asdict(recipe)), **arrays)
     os.replace(temporary, path)
 
@@ -366,7 +367,9 @@ def export(params: network.Params, config: GptOssConfig, folder: Path) -> None:
         if path[-1].key not in ("gate_up", "down"):
             return np.asarray(x).astype(ml_dtypes.bfloat16)
         packed = mxfp4.pack(np.asarray(fake_mxfp4(x)))
-        assert np.array_equal(mxfp4.unpack(packed.blocks, packed.scales), fake_mxfp4(x))
+        assert np.array_equal(
+            mxfp4.unpack(*map(np.asarray, (packed.blocks, packed.scales))), fake_mxfp4(x)
+        )
         return {"blocks": packed.blocks, "scales": packed.scales}
 
     tree = jax.tree_util.tree_map_with_path(stored, params)
@@ -397,7 +400,7 @@ def export(params: network.Params, config: GptOssConfig, folder: Path) -> None:
 def main() -> None:
     """Command line: trains, writes the checkpoint folder."""
     parser = argparse.ArgumentParser(
-        prog="python -m gptoss_jax.train.tiny", description=__doc__.split("\n")[0]
+        prog="python -m gptoss_jax.train.tiny", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
