@@ -227,6 +227,6 @@ def write(
 
 
 def _write_all(stream, data) -> None:
-    view = data.data
+    view = memoryview(data)
     while view:
         view = view[stream.write(view[:_MAX_IO]) :]
