@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
