@@ -1,7 +1,7 @@
 """A pair of layers at the width of gpt-oss-20b: hidden 2880, 64 / 8 heads, 32 experts, vocabulary
 201088.
 
-Slow (3 minutes, 6 GB of memory, 3.2 GB of disk): `pytest --slow -rP
+Slow (3 minutes, 10 GB of memory, 3.2 GB of disk): `pytest --slow -rP
 tests/parity/test_full_width.py`.
 """
 
