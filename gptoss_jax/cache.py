@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.sharding import activation_spec, current
 from gptoss_jax.sharding import constrain as constrain_array
+
+UNROLLED_ROWS = 8  # rows that are stored one after another without a loop
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +104,50 @@ def write(
     """Stores new rows in their slots; a slot of S or more stores nothing."""
     rows = jnp.arange(stored_BSKH.shape[0], dtype=jnp.int32)[:, None]
     return stored_BSKH.at[rows, slots_BT].set(new_BTKH.astype(stored_BSKH.dtype), mode="drop")
+
+
+def append(
+    stored_BSKH: Float[Array, "B S K H"],
+    new_B1KH: Float[Array, "B 1 K H"],
+    slots_B: Int[Array, " B"],
+) -> Float[Array, "B S K H"]:
+    """Stores one new row for each sequence, in place.
+
+    By dynamic_update_slice, which XLA does in place in any layout: for a scatter, TPUs keep a
+    second copy of the whole cache in another layout. Every sequence stores, masked ones too: the
+    next slot of a full layer is not known before its token is, and the next slot of a ring holds
+    the position that is about to leave the window. A sequence without a free slot (it has stopped:
+    the cache grows before others need it) overwrites its last one. On a mesh each device stores the
+    rows and heads that it holds.
+
+    Args:
+      stored_BSKH: Keys or values of one layer.
+      new_B1KH: Of one token.
+      slots_B: int32.
+    """
+    new_B1KH = new_B1KH.astype(stored_BSKH.dtype)
+
+    def store(stored_BSKH, new_B1KH, slots_B):
+        def one(b, stored_BSKH):
+            row = jax.lax.dynamic_slice_in_dim(new_B1KH, b, 1)
+            at = (b, slots_B[b], 0, 0)
+            return jax.lax.dynamic_update_slice(stored_BSKH, row, at)
+
+        rows = stored_BSKH.shape[0]
+        if rows > UNROLLED_ROWS:
+            return jax.lax.fori_loop(0, rows, one, stored_BSKH)
+        for b in range(rows):
+            stored_BSKH = one(b, stored_BSKH)
+        return stored_BSKH
+
+    if current() is None:
+        return store(stored_BSKH, new_B1KH, slots_B)
+    spread, by_row = (
+        activation_spec(letters, x.shape) for letters, x in (("BSKH", stored_BSKH), ("B", slots_B))
+    )
+    return jax.shard_map(store, in_specs=(spread, spread, by_row), out_specs=spread)(
+        stored_BSKH, new_B1KH, slots_B
+    )
 
 
 def full_slots(positions_BT: Int[Array, "B T"], capacity: int) -> Int[Array, "B T"]:

@@ -494,7 +494,7 @@ def load(
     config, params = checkpoint.load_params(
         folder,
         dtype=jnp.dtype(dtype),
-        shardings=None if spread is None else sharding.for_loading(spread),
+        shardings=sharding.for_loading(spread),
         progress=progress,
     )
     if max_context is not None and not 0 < max_context <= config.max_context:

@@ -104,15 +104,21 @@ class Attention(_Declared):
                 ), None
             return self._band(q, k, v, None, span), None
         keys, values = stored
-        size = keys.shape[1]
+        size, one = keys.shape[1], k.shape[1] == 1
+        if one:
+            slots = span.before_B if window is None else span.before_B % size
+            new = kv.append(keys, k, slots), kv.append(values, v, slots)
+        else:
+            slots = (
+                kv.full_slots(span.known_BT, size)
+                if window is None
+                else kv.ring_slots(span.known_BT, span.length_B, size)
+            )
+            new = kv.write(keys, k, slots), kv.write(values, v, slots)
         if window is None:
-            slots = kv.full_slots(span.known_BT, size)
-            keys, values = kv.write(keys, k, slots), kv.write(values, v, slots)
             known = kv.full_positions(span.length_B, size)
-            return ops.attention(q, keys, values, sinks, positions, known), (keys, values)
-        slots = kv.ring_slots(span.known_BT, span.length_B, size)
-        new = kv.write(keys, k, slots), kv.write(values, v, slots)
-        if k.shape[1] == 1:  # the ring already holds all that one query sees
+            return ops.attention(q, *new, sinks, positions, known), new
+        if one:  # the ring then holds all that the query sees
             known = kv.ring_positions(span.length_B, window)
             return ops.attention(q, *new, sinks, positions, known, window), new
         return self._band(q, k, v, stored, span), new

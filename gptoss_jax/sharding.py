@@ -17,7 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
@@ -38,6 +47,8 @@ PARAMETERS = {
 }
 # Activations and cache; B takes those of BATCH_AXES that divide the batch.
 ACTIVATIONS = {"V": ("tensor",), "N": ("tensor",), "K": ("tensor",)}
+# Scales of gate_up and down, slowest axis first; see `laid_out`.
+TPU_ORDER = {"EFPU": (0, 2, 3, 1), "EDU": (0, 2, 1)}
 
 Sizes = Mapping[str, int] | str | Mesh
 
@@ -227,9 +238,33 @@ def _spec(wanted: Sequence[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
-def for_loading(mesh: Mesh) -> Callable[[tuple, str], NamedSharding]:
-    """What checkpoint.load_params takes: the sharding of a parameter from path and letters."""
-    return lambda path, letters: NamedSharding(mesh, parameter_spec(path, letters))
+def for_loading(mesh: Mesh | None) -> Callable[[tuple, str], Sharding | Format] | None:
+    """What checkpoint.load_params takes: where a parameter goes, from path and letters.
+
+    Args:
+      mesh: None for the default device.
+    """
+    if mesh is None:
+        device = jax.devices()[0]
+        if device.platform != "tpu":
+            return None
+        return lambda path, letters: laid_out(letters, SingleDeviceSharding(device))
+    return lambda path, letters: laid_out(
+        letters, NamedSharding(mesh, parameter_spec(path, letters))
+    )
+
+
+def laid_out(letters: str, where: Sharding) -> Sharding | Format:
+    """The sharding with the order of axes in memory, if the devices' own choice is a bad one.
+
+    TPUs lay the scales of all experts beside each other, because that pads least; each decode then
+    begins with a copy of all scales in another order, 1 GB of gpt-oss-20b's 14. Experts first takes
+    0.3 % more memory and no copy (compiled for v6e, libtpu 0.0.51).
+    """
+    order = TPU_ORDER.get(letters)
+    if order is None or next(iter(where.device_set)).platform != "tpu":
+        return where
+    return Format(Layout(order), where)
 
 
 def parameter_shardings(letters: Any, params: Any, mesh: Mesh) -> Any:
@@ -249,7 +284,7 @@ def parameter_shardings(letters: Any, params: Any, mesh: Mesh) -> Any:
         if isinstance(leaf, MxTensor):  # the last axis is blocks of packed bytes
             blocks = one(keys, letters[:-1] + "UY", leaf.blocks)
             return MxTensor(blocks, one(keys, letters[:-1] + "U", leaf.scales))
-        return NamedSharding(mesh, parameter_spec(path, letters))
+        return laid_out(letters, NamedSharding(mesh, parameter_spec(path, letters)))
 
     return jax.tree_util.tree_map_with_path(one, letters, params)
 

@@ -320,3 +320,26 @@ def test_a_device_reads_its_experts_and_the_rest(tmp_path, monkeypatch, ours):
         spread = leaf.letters[0] == "E" and leaf.path[3] not in ("router", "router_bias")
         whole = leaf.size * opened.dtype(leaf).itemsize
         assert reads[leaf.path] == ([whole // 8] * 8 if spread else [whole]), leaf.name
+
+
+def test_scales_in_the_order_that_tpus_are_given_mean_the_same(monkeypatch):
+    def laid_out(letters, where):  # as sharding.laid_out on a TPU
+        order = sharding.TPU_ORDER.get(letters)
+        return where if order is None else sharding.Format(sharding.Layout(order), where)
+
+    plain = engine.load(mesh={"expert": 2, "data": 4}, max_context=512)
+    monkeypatch.setattr(sharding, "laid_out", laid_out)
+    model = engine.load(mesh={"expert": 2, "data": 4}, max_context=512)
+    layouts = [
+        leaf.format.layout.major_to_minor
+        for leaf in jax.tree.leaves(model.params["layers"][0]["mlp"])
+    ]
+    assert (0, 2, 3, 1) in layouts
+    assert (0, 2, 1) in layouts
+    for name in ("gate_up", "down"):
+        ours, theirs = (m.params["layers"][1]["mlp"][name].scales for m in (model, plain))
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    settings = Sampling(temperature=0)
+    prompts = ["12+34=", "the number is"]
+    ours, theirs = (m.generate(prompts, settings, 12) for m in (model, plain))
+    assert [c.tokens for c in ours] == [c.tokens for c in theirs]
