@@ -121,8 +121,9 @@ class Model:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling] | None = None,
-        max_new_tokens: int | None = 64,
+        max_new_tokens: int | Sequence[int | None] | None = 64,
         stop: Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
     ) -> Any:
         """Continues prompts.
 
@@ -130,8 +131,10 @@ class Model:
           prompts: A text, a list of ids, or a list of either. Text is ordinary text: it holds no
             control tokens.
           sampling: Settings for all prompts, or one for each; by default temperature 1.
-          max_new_tokens: Most tokens of a completion; None for the rest of the context.
+          max_new_tokens: Most tokens of a completion, for all prompts or one for each; None for the
+            rest of the context.
           stop: Strings that end a completion; they are not part of it.
+          progress: Called with the number of new tokens, as they come.
 
         Returns:
           A Completion for one prompt, a list for several; with sampling.n > 1 a list of n in place
@@ -146,6 +149,8 @@ class Model:
         parts: list[list[Piece]] = [[] for s in each for _ in range(s.n)]
         for index, piece in self._run(rows, each, max_new_tokens, stop, DECODE):
             parts[index].append(piece)
+            if progress:
+                progress(len(piece.tokens))
         flat = iter([_join(pieces) for pieces in parts])
         grouped = [next(flat) if s.n == 1 else [next(flat) for _ in range(s.n)] for s in each]
         return grouped[0] if single else grouped
@@ -192,30 +197,29 @@ class Model:
 
     def _run(self, rows, each, max_new_tokens, stop, chunk) -> Iterator[tuple[int, Piece]]:
         """Pieces of all completions as they come, with the index of the completion."""
-        if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
-            raise GptOssError(
-                f"max_new_tokens is {max_new_tokens}: expected a positive integer, or None"
-            )
+        each_most = _as_limits(max_new_tokens, len(rows))
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(s, str) and s for s in stops):
             raise GptOssError(f"stop is {stop!r}: expected strings that are not empty")
         ids = [
             np.asarray(self.tokenizer.encode(row) if isinstance(row, str) else row) for row in rows
         ]
-        for row in ids:
-            self._check_ids(row, max_new_tokens or 1)
-        return self._decode(ids, each, max_new_tokens, stops, chunk)
+        for row, most in zip(ids, each_most, strict=True):
+            self._check_ids(row, most or 1)
+        limits = [
+            self.max_context - len(row) if most is None else most
+            for row, most in zip(ids, each_most, strict=True)
+        ]
+        return self._decode(ids, each, limits, stops, chunk)
 
-    def _decode(self, ids, each, max_new_tokens, stops, chunk):
+    def _decode(self, ids, each, limits, stops, chunk):
         copies = each[0].n if len({s.n for s in each}) == 1 else 1
         if copies == 1:
             ids = [row for row, s in zip(ids, each, strict=True) for _ in range(s.n)]
         settings = [s for s in each for _ in range(s.n)]
         choices = [i for s in each for i in range(s.n)]
         lengths = [len(row) for row in ids for _ in range(copies)]
-        limits = [
-            self.max_context - n if max_new_tokens is None else max_new_tokens for n in lengths
-        ]
+        limits = [most for most, s in zip(limits, each, strict=True) for _ in range(s.n)]
         rows = len(settings)
         state = self._prefill(ids, copies, max(lengths) + min(max(limits), 256))
         batch = state.done_B.shape[0]
@@ -398,6 +402,20 @@ def _as_settings(sampling, count: int) -> list[Sampling]:
             f"{len(sampling)} sampling settings for {count} prompts: give one, or one for each"
         )
     return list(sampling)
+
+
+def _as_limits(max_new_tokens, count: int) -> list[int | None]:
+    each = [max_new_tokens] * count
+    if isinstance(max_new_tokens, Sequence):
+        each = list(max_new_tokens)
+    if len(each) != count:
+        raise GptOssError(
+            f"{len(each)} values of max_new_tokens for {count} prompts: give one, or one for each"
+        )
+    for most in each:
+        if most is not None and (isinstance(most, bool) or most < 1):
+            raise GptOssError(f"max_new_tokens is {most}: expected a positive integer, or None")
+    return each
 
 
 def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

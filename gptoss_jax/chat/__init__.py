@@ -8,7 +8,7 @@ _HOMES = {
     "ChatSettings": "messages",
     "Message": "messages",
     "Parser": "parse",
-    "Reply": "session",
+    "Reply": "reply",
     "ResponseFormat": "messages",
     "Tool": "messages",
     "from_openai": "messages",

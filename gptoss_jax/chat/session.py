@@ -25,6 +25,7 @@ from gptoss_jax.chat.messages import (
 )
 from gptoss_jax.chat.parse import Delta, MessageEnd, MessageStart, Parser, Stop
 from gptoss_jax.chat.render import render
+from gptoss_jax.chat.reply import Reply, ToolCall, with_stops
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.tokenizer import Tokenizer
 
@@ -41,78 +42,11 @@ class Generates(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolCall:
-    """A call that the caller must answer: `arguments` is the model's text, meant to be a JSON
-    object."""
-
-    id: str
-    name: str
-    arguments: str
-
-    @property
-    def parsed(self) -> dict[str, Any]:
-        """The arguments as a dict; GptOssError when the model's text is no JSON object."""
-        try:
-            value = json.loads(self.arguments or "{}")
-        except ValueError as error:
-            raise GptOssError(
-                f"the arguments of {self.name} are not JSON ({error}): {self.arguments!r}"
-            ) from None
-        if not isinstance(value, dict):
-            raise GptOssError(
-                f"the arguments of {self.name} are not a JSON object: {self.arguments!r}"
-            )
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
 class ToolResult:
     """Event of a stream: a tool was run and answered."""
 
     call: ToolCall
     text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """Everything since the user's message.
-
-    `messages`: the new messages of the history after the user's, tool results included.
-    `finish_reason`: "stop"; "tool_calls" when `tool_calls` wait for `Chat.send_tool_results`;
-    "length" when max_new_tokens or the context ended it; "tool_limit" when the model went on
-    calling tools for more than max_tool_rounds. `repairs`: what was malformed in the model's output
-    and mended. `completion_tokens` counts stop tokens too.
-    """
-
-    messages: list[Message]
-    tool_calls: list[ToolCall]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    repairs: list[str]
-
-    @property
-    def final(self) -> str:
-        """The answer; "" when there is none (yet)."""
-        return self._text("final")
-
-    @property
-    def analysis(self) -> str:
-        """The reasoning. It is not made for users: see the model card."""
-        return self._text("analysis")
-
-    @property
-    def preamble(self) -> str:
-        """What the assistant said to the user before calling tools."""
-        return self._text("commentary")
-
-    def _text(self, channel: str) -> str:
-        chosen = [
-            m
-            for m in self.messages
-            if m.role == "assistant" and m.channel == channel and m.recipient is None
-        ]
-        return "\n".join(message.content for message in chosen)
 
 
 ChatEvent = MessageStart | Delta | MessageEnd | Stop | ToolResult | Reply
@@ -169,7 +103,7 @@ class Chat:
                 described.append(tool_from_openai(tool))
         self.settings = ChatSettings(
             reasoning_effort=reasoning_effort,
-            date=date if date is not None else datetime.date.today(),
+            date=date if date is not None else _today(),
             instructions=instructions,
             tools=tuple(described),
             response_format=response_format_from(response_format),
@@ -317,9 +251,8 @@ class Chat:
         """One generation, parsed as it comes."""
         prompt = self.prompt()
         count.prompt += len(prompt)
-        stream = self.model.stream(
-            prompt, sampling=self._stopping(), max_new_tokens=self.max_new_tokens
-        )
+        sampling = with_stops(self.sampling, self.model.tokenizer)
+        stream = self.model.stream(prompt, sampling=sampling, max_new_tokens=self.max_new_tokens)
         for piece in stream:
             stop = getattr(piece, "stop", None)
             tokens = [*piece.tokens, *([stop] if isinstance(stop, int) else [])]
@@ -330,15 +263,6 @@ class Chat:
                 break
         yield from parser.close()
         count.repairs += parser.repairs
-
-    def _stopping(self) -> Any:
-        """The sampling settings with harmony's stop tokens, whatever the model's config says ends
-        it."""
-        from gptoss_jax.sampling import Sampling
-
-        sampling = self.sampling if self.sampling is not None else Sampling()
-        stops = dict.fromkeys([*sampling.stop_token_ids, *self.model.tokenizer.stop_ids])
-        return dataclasses.replace(sampling, stop_token_ids=tuple(stops))
 
     def _tool_call(self, call: Message) -> ToolCall:
         self._calls += 1
@@ -386,6 +310,13 @@ class _Count:
 
 def _answer(name: str, text: str, channel: str | None = "commentary") -> Message:
     return Message("tool", text, channel=channel, recipient="assistant", name=name)
+
+
+def _today() -> str:
+    """Today, by the clock of process 0 if there are several."""
+    from gptoss_jax import hosts
+
+    return hosts.same(datetime.date.today().isoformat())
 
 
 def _last(events: Iterator[ChatEvent]) -> Reply:

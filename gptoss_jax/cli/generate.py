@@ -1,5 +1,12 @@
-"""Answer one prompt: the reasoning dimmed, then the answer. With --raw, continue the text as it
-stands.
+"""Answer a prompt, or many. One: the reasoning dimmed, then the answer. Many: --input FILE --output
+FILE, one JSON object a line. With --raw, continue the text as it stands.
+
+Lines of --input: {"prompt": "..."} or {"messages": [...]} (OpenAI's), if wanted with id,
+reasoning_effort, instructions, tools, response_format, max_new_tokens, temperature, top_p, seed and
+the other sampling settings, and metadata (anything; passed on). Lines of --output: id, final,
+analysis, tool_calls, finish_reason, prompt_tokens, completion_tokens, text (as the model wrote it),
+repairs, seed. Answers are written batch by batch; the same command continues an interrupted run,
+with another --mesh or --batch-size too. A finished file is in the order of the input.
 """
 
 import dataclasses
@@ -19,8 +26,16 @@ from gptoss_jax.errors import GptOssError
 class Arguments:
     """Options of `gptoss generate`."""
 
-    prompt: tyro.conf.Positional[str]
+    prompt: tyro.conf.Positional[str | None] = None
     """The question; - reads it from standard input."""
+    input: Path | None = None
+    """Many prompts: a file with one JSON object a line."""
+    output: Path | None = None
+    """With --input: the file of the answers. What they are of stands in OUTPUT.run.json."""
+    batch_size: int = 16
+    """With --input: prompts answered at once. A batch lasts as long as its longest answer."""
+    overwrite: bool = False
+    """With --input: forget the answers that --output holds."""
     model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=ModelArguments
     )
@@ -47,8 +62,19 @@ class Arguments:
     """Print one JSON object, for programs."""
 
 
-def run(arguments: Arguments) -> None:
+def run(arguments: Arguments) -> int:
     """Loads, generates, prints."""
+    if wrong := _misused(arguments):
+        print(f"gptoss generate: {wrong}", file=sys.stderr)
+        return 2
+    if arguments.stop and not arguments.raw:
+        raise GptOssError("--stop ends plain text: use it with --raw, or leave it out")
+    if arguments.input is not None:
+        from gptoss_jax.cli import batch_generate
+
+        schema = _schema(arguments.response_format)
+        return batch_generate.run(arguments, arguments.sampling.sampling(), schema)
+    assert arguments.prompt is not None
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
         raise GptOssError("the prompt is empty: give at least one token")
@@ -64,6 +90,24 @@ def run(arguments: Arguments) -> None:
     result["model"] = model.name
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _misused(arguments: Arguments) -> str | None:
+    """Why the options do not go together."""
+    many = arguments.input is not None
+    if many == (arguments.prompt is not None):
+        both = "either a prompt or --input, not both" if many else "a prompt is required"
+        return f'{both}: gptoss generate "..." or gptoss generate --input FILE --output FILE'
+    if many and arguments.output is None:
+        return "--input needs --output: the file that the answers are written to"
+    if many and arguments.hide_reasoning:
+        return "--hide-reasoning is for one prompt: with --input leave it out"
+    if not many and (arguments.output is not None or arguments.overwrite):
+        return "--output and --overwrite need --input: a file of prompts"
+    if arguments.batch_size < 1:
+        return f"--batch-size is {arguments.batch_size}: expected a positive integer"
+    return None
 
 
 def _schema(path: Path | None) -> Any:
@@ -96,8 +140,6 @@ def _chat(arguments: Arguments, model, prompt: str, sampling, response_format) -
     from gptoss_jax.chat import Chat
     from gptoss_jax.cli.printing import Printer
 
-    if arguments.stop:
-        raise GptOssError("--stop ends plain text: use it with --raw, or leave it out")
     chat = Chat(
         model,
         reasoning_effort=arguments.effort,
