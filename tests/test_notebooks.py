@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, in a kernel of their own, as a user would run them."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -17,8 +18,16 @@ def test_runs(name, tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     errors = [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert not errors
+    texts = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    if name.startswith("02"):
+        assert texts.startswith("8 devices")
+        difference = re.search(r"largest difference (\S+) of", texts)
+        assert difference is not None
+        assert float(difference[1]) < 1e-4
+        assert "u8[" not in texts  # experts do not travel
+        assert "16 of 16 prompts answered now" in texts
+        assert "same bits: True" in texts
     if name.startswith("01"):
-        texts = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
         images = [
             o
             for c in notebook.cells

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-EVERY = 10.0  # seconds between lines where stderr is no terminal
+EVERY, FIRST = 10.0, 60.0  # seconds between lines where stderr is no terminal
 
 
 class Progress:
@@ -61,11 +61,11 @@ class Progress:
         passed = now - self.started
         if self.bar is not None:
             self.bar.update(0, completed=done, speed=self.seen / passed)
-        elif not self.hidden and now - self.spoke > EVERY:
+        elif not self.hidden and now - self.spoke > (EVERY if self.now else FIRST):
             self.spoke = now
-            left = passed * (self.total - done) / self.now if self.now else None
             text = f"{done}/{self.total} answered, {self.seen / passed:,.0f} tokens/s"
-            if left is not None:
+            if self.now:
+                left = passed * (self.total - done) / self.now
                 text += f", {left // 60:.0f} min {left % 60:.0f} s left"
             self.console.print(text, soft_wrap=True)
 
