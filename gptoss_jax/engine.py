@@ -101,7 +101,8 @@ class Model:
           tokens: int array [B, T], or lists of ids of any lengths.
 
         Returns:
-          float32 [B, T, V], or for lists of ids a list of [T_i, V].
+          float32 [B, T, V], or for lists of ids a list of [T_i, V]; in several processes whole on
+          every device.
 
         Raises:
           GptOssError: An id is out of range, a sequence is empty or longer than the context.
@@ -113,6 +114,8 @@ class Model:
         width = next((n for n in CHUNKS if n >= length), -(-length // CHUNKS[-1]) * CHUNKS[-1])
         ids, mask = (self._array(x, "BT") for x in _pad(rows, width))
         out = self._on_mesh(steps.score, self.params, ids, mask, config=self.config)
+        if jax.process_count() > 1:  # a process can read only what it has
+            out = self._on_mesh(jax.jit(sharding.replicate), out)
         if hasattr(tokens, "ndim"):
             return out[:, :length]
         return [out[i, : len(row)] for i, row in enumerate(rows)]

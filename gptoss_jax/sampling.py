@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
-from gptoss_jax import sharding
+from gptoss_jax import hosts, sharding
 from gptoss_jax.errors import GptOssError
 
 BIAS_SLOTS = (
@@ -137,6 +137,8 @@ def to_arrays(rows: Sequence[Sampling], choices: Sequence[int], vocab_size: int)
         return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
 
     seeds = [secrets.randbits(64) if row.seed is None else row.seed % 2**64 for row in rows]
+    if any(row.seed is None for row in rows):
+        seeds = hosts.same(seeds)
     keys = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
     return SamplingArrays(
         column("temperature"),

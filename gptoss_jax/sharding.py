@@ -153,15 +153,20 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def default_sizes(config: GptOssConfig, devices: int) -> dict[str, int]:
+def default_sizes(config: GptOssConfig, devices: int, near: int | None = None) -> dict[str, int]:
     """Sizes for inference: heads first, then experts, copies of the model with the rest.
 
     tensor splits all that a decode step reads (attention, experts, unembedding), so that a single
     sequence gains from every device; it ends at the kv heads. expert splits the experts, nine
     tenths of gpt-oss-120b.
+
+    Args:
+      config: The model.
+      devices: How many there are.
+      near: How many are joined by a fast network, which tensor keeps to; by default all.
     """
     heads = math.gcd(config.num_kv_heads, config.vocab_size, config.num_experts)
-    tensor = math.gcd(devices, heads)
+    tensor = math.gcd(math.gcd(devices, near or devices), heads)
     expert = math.gcd(devices // tensor, config.num_experts // tensor)
     sizes = {"data": devices // (tensor * expert), "expert": expert, "tensor": tensor}
     return {axis: size for axis, size in sizes.items() if size > 1}
@@ -169,7 +174,7 @@ def default_sizes(config: GptOssConfig, devices: int) -> dict[str, int]:
 
 def choose_mesh(wanted: Sizes | None, config: GptOssConfig) -> Mesh | None:
     """The mesh that a user asks for; for None all accelerators, but one device of a CPU, where more
-    are simulated.
+    are simulated. Between hosts without TPU's own network tensor stays within a process.
 
     Raises:
       GptOssError: As `make_mesh`.
@@ -178,7 +183,8 @@ def choose_mesh(wanted: Sizes | None, config: GptOssConfig) -> Mesh | None:
         return make_mesh(wanted, config)
     if jax.default_backend() == "cpu" and jax.process_count() == 1:
         return None
-    return make_mesh(default_sizes(config, jax.device_count()), config)
+    near = jax.device_count() if jax.default_backend() == "tpu" else jax.local_device_count()
+    return make_mesh(default_sizes(config, jax.device_count(), near), config)
 
 
 def batch_axes(batch: int, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:

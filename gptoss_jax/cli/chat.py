@@ -47,6 +47,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Reads lines and answers them until /quit or the end of the input."""
+    from gptoss_jax import hosts
     from gptoss_jax.chat import Chat
     from gptoss_jax.cli.printing import Printer
 
@@ -65,24 +66,31 @@ def run(arguments: Arguments) -> None:
     printer = Printer(hide_reasoning=arguments.hide_reasoning)
     note("/help for what can be typed, Ctrl-D to leave.")
     while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            note("\nCtrl-D or /quit leaves.")
-            continue
-        if line in ("/quit", "/exit"):
+        line = hosts.from_first(_read)
+        if line in (None, "/quit", "/exit"):
             return
         if not line:
             continue
         try:
             _command(line, chat, printer) if line.startswith("/") else _answer(line, chat, printer)
         except KeyboardInterrupt:
+            if hosts.place() is not None:  # the others would go on with the answer
+                raise
             note("\n(stopped)")
         except GptOssError as error:
             note(f"{error}")
+
+
+def _read() -> str | None:
+    """The next line, None at the end of the input."""
+    while True:
+        try:
+            return input("\n> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            note("\nCtrl-D or /quit leaves.")
 
 
 def _answer(line: str, chat, printer) -> None:

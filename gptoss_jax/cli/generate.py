@@ -75,7 +75,7 @@ def run(arguments: Arguments) -> int:
         schema = _schema(arguments.response_format)
         return batch_generate.run(arguments, arguments.sampling.sampling(), schema)
     assert arguments.prompt is not None
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _stdin() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
         raise GptOssError("the prompt is empty: give at least one token")
     sampling = arguments.sampling.sampling()
@@ -91,6 +91,13 @@ def run(arguments: Arguments) -> int:
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))
     return 0
+
+
+def _stdin() -> str:
+    """What process 0 is given, if there are several."""
+    from gptoss_jax import hosts
+
+    return hosts.from_first(sys.stdin.read)
 
 
 def _misused(arguments: Arguments) -> str | None:

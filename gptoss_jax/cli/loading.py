@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,16 @@ class ModelArguments:
     """Branch, tag or commit on the Hub."""
     offline: bool = False
     """Use only what the Hub's cache already holds."""
+    coordinator_address: str | None = None
+    """Several processes: HOST:PORT of process 0. Cloud TPU, SLURM, Kubernetes Jobs and Open MPI are
+    detected; elsewhere give all three, the rest of the command the same in every process.
+    """
+    num_processes: int | None = None
+    """How many processes there are; 1 for a process of its own inside a cluster."""
+    process_id: int | None = None
+    """Which of them this one is, from 0; process 0 speaks."""
+    initialization_timeout: int = 300
+    """Seconds to wait for the other processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +79,16 @@ class SamplingArguments:
         )
 
 
+def silent() -> bool:
+    """Whether this is one of several processes, and not the one that speaks."""
+    hosts = sys.modules.get("gptoss_jax.hosts")  # loaded by the verbs that may have several
+    return hosts is not None and not hosts.speaks()
+
+
 def note(text: str) -> None:
     """One dim line on stderr, so that stdout holds the answer only."""
+    if silent():
+        return
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)
@@ -81,7 +100,7 @@ def working(text: str):
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if silent() or not console.is_terminal:
         yield
         return
     with console.status(text):
@@ -97,7 +116,7 @@ def _loading(name: str, folder: Path):
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     console = Console(stderr=True)
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
-    hidden = not console.is_terminal or total < SHOWN_BYTES
+    hidden = silent() or not console.is_terminal or total < SHOWN_BYTES
     with Progress(
         *columns, TransferSpeedColumn(), console=console, transient=True, disable=hidden
     ) as bar:
@@ -114,7 +133,7 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
             "--model openai/gpt-oss-20b for the real thing."
         )
     started = time.perf_counter()
-    from gptoss_jax import hub
+    from gptoss_jax import hosts, hub
     from gptoss_jax.engine import load
 
     folder = hub.resolve(name, revision=arguments.revision, offline=arguments.offline or None)
@@ -126,6 +145,10 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
             max_context=arguments.max_context,
             progress=progress,
         )
+    if hosts.place() is not None:
+        config = hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]
+        dtype, mesh = model.params["embedding"].dtype.name, model.mesh and dict(model.mesh.shape)
+        hosts.compare({f"the config of {name} (sha256)": config, "dtype": dtype, "mesh": mesh})
     model = dataclasses.replace(model, name=name)
     seconds = time.perf_counter() - started
     if seconds > 10 and not quiet:

@@ -13,6 +13,7 @@ VERBS = {
     "generate": ("gptoss_jax.cli.generate", "answer one prompt, or continue raw text"),
     "chat": ("gptoss_jax.cli.chat", "talk to the model in the terminal"),
     "convert": ("gptoss_jax.cli.convert", "checkpoint to Orbax, or Orbax to Hugging Face's layout"),
+    "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
     "eval": ("gptoss_jax.cli.eval", "held-out accuracy of gpt-oss-tiny"),
 }
@@ -59,8 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
-        print(f"gptoss {argv[0]}: {_one_line(error)}", file=sys.stderr)
+        print(f"gptoss {argv[0]}: {_who()}{_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _who() -> str:
+    """Which of several processes this is, if it is not the one that speaks."""
+    hosts = sys.modules.get("gptoss_jax.hosts")
+    place = hosts and hosts.place()
+    return f"{place}: " if place and place.index else ""
 
 
 def _run(verb: str, argv: list[str]) -> int:
@@ -70,7 +78,10 @@ def _run(verb: str, argv: list[str]) -> int:
     arguments = tyro.cli(
         module.Arguments, prog=f"gptoss {verb}", description=module.__doc__, args=argv
     )
-    return module.run(arguments) or 0
+    from gptoss_jax.cli.processes import together
+
+    with together(verb, arguments):
+        return module.run(arguments) or 0
 
 
 def _one_line(error: Exception) -> str:
