@@ -1,0 +1,254 @@
+"""The real steps, compiled for devices that are not there.
+
+XLA compiles for a TPU slice with libtpu and for NVIDIA GPUs with jax's CUDA plugin, neither of
+which needs the hardware. What comes back is the compiler's own account of memory and work.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from gptoss_jax import sharding, steps
+from gptoss_jax.cache import KVCache, make_cache
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.engine import CHUNKS, DECODE
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.model import Params, letters
+from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.plan.bounds import leaves
+from gptoss_jax.plan.hardware import Topology
+from gptoss_jax.plan.hlo import collectives
+from gptoss_jax.sampling import Sampling, to_arrays
+
+# Without these libtpu asks the cloud's metadata server, and complains that there is none.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step, bytes on one device.
+
+    Attributes:
+      arguments: Parameters, cache and state, as the device lays them out.
+      temporaries: What it needs beside them.
+      results: New arrays that it leaves, those written over arguments not counted.
+      code: The program itself.
+      flops: Operations by XLA's count, or None where it gives none (GPUs).
+      bytes_accessed: By XLA's count, which takes an operand of which a part is read as read whole.
+      collectives: kind -> count and bytes of a step, or None where the text cannot be had.
+      seconds: It took to compile.
+    """
+
+    arguments: int
+    temporaries: int
+    results: int
+    code: int
+    flops: float | None
+    bytes_accessed: float | None
+    collectives: dict[str, dict[str, int]] | None
+    seconds: float
+
+
+class DoesNotFit(Exception):
+    """The compiler ran out of the device's memory.
+
+    Attributes:
+      needed: Bytes by its account, None where it does not say.
+    """
+
+    def __init__(self, needed: float | None):
+        super().__init__(needed)
+        self.needed = needed
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Devices to compile for.
+
+    Raises:
+      ModuleNotFoundError: The compiler is not installed.
+      GptOssError: The compiler knows no such slice.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if topology.device.platform == "tpu":
+        import libtpu  # noqa: F401  # the compiler
+
+        platform, options = "tpu", {"topology_name": topology.name}
+    else:
+        from jax_plugins import xla_cuda13  # noqa: F401  # the compiler
+
+        platform = "cuda"
+        options = {"target_config": _target(topology), "topology": f"1x1x{topology.count}"}
+    try:
+        found = topologies.get_topology_desc(platform=platform, **options).devices
+    except Exception as error:  # jax's own, whose type differs between versions
+        reason = " ".join(str(error).split())[:300]
+        raise GptOssError(
+            f"topology {topology.name!r}: the compiler refuses it ({reason}): use a slice that can "
+            "be rented, such as v5e:2x4, v6e:2x2 or v5p:2x2x1"
+        ) from None
+    if len(found) != topology.count:
+        raise GptOssError(
+            f"topology {topology.name!r} has {len(found)} devices here, expected {topology.count}"
+        )
+    return list(found)
+
+
+def _target(topology: Topology) -> str:
+    """XLA's description of a GPU."""
+    device = topology.device
+    major, minor = device.capability
+    shared = {(8, 0): (166912, 167936), (8, 9): (101376, 102400)}.get((major, minor))
+    optin, per_core = shared or (232448, 233472)
+    threads = 1536 if (major, minor) == (8, 9) else 2048
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {per_core}
+  shared_memory_per_block_optin: {optin} threads_per_core_limit: {threads}
+  core_count: {device.cores} fpus_per_core: 128 clock_rate_ghz: 1.7 l2_cache_size: 41943040
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {int(device.bandwidth)} device_memory_size: {int(device.memory)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{device.name}"
+"""
+
+
+class Steps:
+    """The steps of one model on some devices, ready to be compiled for any batch and context."""
+
+    def __init__(
+        self, config: GptOssConfig, sizes: dict[str, int], devices: list[Any], packed: bool = True
+    ):
+        self.config = config
+        self.mesh = sharding.make_mesh(sizes, config, devices)
+        self.device = devices[0]
+        self.params = self._params(packed)
+
+    def _where(self, spec: PartitionSpec):
+        if self.mesh is None:
+            return SingleDeviceSharding(self.device)
+        return NamedSharding(self.mesh, spec)
+
+    def _array(self, shape, dtype, axes: str | None = None) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec()
+        if axes is not None and self.mesh is not None:
+            spec = sharding.activation_spec(axes, shape, self.mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._where(spec))
+
+    def _params(self, packed: bool) -> Params:
+        found: dict[tuple, Any] = {}
+        for path, axes, shape, dtype in leaves(self.config, packed):
+            where = sharding.laid_out(axes, self._where(sharding.parameter_spec(path, axes)))
+            found[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        def one(keys, _):
+            path = tuple(key.key for key in keys)
+            if path in found:
+                return found[path]
+            return MxTensor(found[(*path, "blocks")], found[(*path, "scales")])
+
+        return jax.tree_util.tree_map_with_path(one, letters(self.config))
+
+    def _cache(self, batch: int, context: int) -> KVCache:
+        shape = jax.eval_shape(lambda: make_cache(self.config, batch, context))
+        keys, values = (
+            tuple(self._array(x.shape, x.dtype, "BSKH") for x in side)
+            for side in (shape.keys, shape.values)
+        )
+        return KVCache(keys, values, self._array((batch,), jnp.int32, "B"))
+
+    def decode(self, batch: int, context: int) -> Program:
+        """The decode loop at the end of a full context."""
+        V = self.config.vocab_size
+        state = steps.State(
+            self._cache(batch, context),
+            self._array((batch, V), jnp.float32, "BV"),
+            self._array((batch, V), jnp.int8, "BV"),
+            self._array((batch, V), jnp.int32, "BV"),
+            self._array((batch,), jnp.bool_, "B"),
+        )
+        with jax.default_device(jax.devices("cpu")[0]):
+            settings = to_arrays([Sampling(seed=0)] * batch, [0] * batch, V)
+        settings = jax.tree.map(lambda x: self._array(x.shape, x.dtype), settings)
+        stops, limit = self._array((batch, 4), jnp.int32), self._array((), jnp.int32)
+        parts = self.params, state, settings, stops, limit
+        return self._compile(
+            lambda: steps.decode.trace(*parts, config=self.config, size=DECODE, top=None)
+        )
+
+    def prefill(self, batch: int, context: int) -> Program:
+        """One chunk of the prompts at the end of a full context."""
+        chunk = min(CHUNKS[-1], context)
+        parts = (
+            self.params,
+            self._array((batch, chunk), jnp.int32, "BT"),
+            self._array((batch, chunk), jnp.bool_, "BT"),
+            self._cache(batch, context),
+            self._array((batch, self.config.hidden_size), jnp.bfloat16, "BD"),
+        )
+        return self._compile(lambda: steps.prefill.trace(*parts, config=self.config))
+
+    def _compile(self, trace) -> Program:
+        tpu = self.device.platform == "tpu"
+        started = time.perf_counter()
+        with (
+            contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            lowered = trace().lower(lowering_platforms=("tpu" if tpu else "cuda",))
+            # jaxlib 0.10 cannot read back libtpu's text of some programs: the dump holds it
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
+            try:
+                compiled = lowered.compile(compiler_options=dump)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise DoesNotFit(_needed(str(error))) from None
+            texts = list(Path(folder).glob("*.after_optimizations.txt"))
+            text = texts[0].read_text() if texts else None
+        seconds = time.perf_counter() - started
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        if not tpu:
+            text = compiled.as_text()
+        return Program(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+            code=memory.generated_code_size_in_bytes,
+            flops=cost.get("flops"),
+            bytes_accessed=cost.get("bytes accessed"),
+            collectives=None if text is None else collectives(text),
+            seconds=seconds,
+        )
+
+
+def _needed(message: str) -> float | None:
+    """Bytes out of "Used 33.30G of 31.24G hbm" or "... (390.62G) exceeds available HBM"."""
+    match = re.search(r"Used ([\d.]+)([MGT]) of", message) or re.search(
+        r"\(([\d.]+)([MGT])\) exceeds", message
+    )
+    return float(match[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[match[2]] if match else None
