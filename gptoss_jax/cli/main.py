@@ -14,7 +14,6 @@ VERBS = {
     "chat": ("gptoss_jax.cli.chat", "talk to the model in the terminal"),
     "convert": ("gptoss_jax.cli.convert", "checkpoint to Orbax, or Orbax to Hugging Face's layout"),
     "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
-    "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
     "eval": ("gptoss_jax.cli.eval", "held-out accuracy of gpt-oss-tiny"),
 }
