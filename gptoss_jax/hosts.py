@@ -144,8 +144,12 @@ class _Wires:
         self.inbox = {peer: queue.Queue() for peer in sockets}
         self.leaving = False
         self.ended = threading.Lock()
-        for peer, wire in self.sockets.items():
-            threading.Thread(target=self._listen, args=(peer, wire), daemon=True).start()
+        self.listeners = [
+            threading.Thread(target=self._listen, args=entry, daemon=True)
+            for entry in self.sockets.items()
+        ]
+        for listener in self.listeners:
+            listener.start()
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every process's value, at process 0; None at the others."""
@@ -162,41 +166,49 @@ class _Wires:
             self._send(peer, "value", value)
         return value
 
-    def tell(self, reason: str) -> None:
+    def tell(self, reason: str, kind: str = "failed") -> None:
         """Tells the others that this process ends, and why."""
         for peer in self.sockets:
-            self._send(peer, "end", reason)
+            self._send(peer, kind, reason)
+
+    def go_last(self) -> None:
+        """Process 0 waits a little for the others to end: they abort when JAX's service does."""
+        end = time.monotonic() + 3
+        for listener in self.listeners:
+            if self.place.index == 0 and listener is not threading.current_thread():
+                listener.join(max(0, end - time.monotonic()))
 
     def _send(self, peer: int, kind: str, value: Any) -> None:
         with contextlib.suppress(OSError):  # whoever listens to that wire ends this process
             self.sockets[peer].sendall(_line([kind, value]))
 
     def _listen(self, peer: int, wire: socket.socket) -> None:
-        reason = None
         with contextlib.suppress(OSError, ValueError), wire, wire.makefile("rb") as lines:
             for line in lines:
                 kind, value = json.loads(line)
-                if kind == "end":
-                    reason = value
-                    break
+                if kind in ("failed", "died"):
+                    self._end(kind, value)
+                    return
                 self.leaving |= kind == "refused"
                 self.inbox[peer].put(value)
         if not self.leaving:
-            self._end(peer, reason)
+            self._end("died", f"process {peer} of {self.place.count} has died")
 
-    def _end(self, peer: int, reason: str | None) -> NoReturn:
-        """Ends this process, because another one has ended."""
-        self.ended.acquire()  # only once; never released
-        died = reason is None
-        reason = reason or f"process {peer} of {self.place.count} has died"
-        self.tell(reason)
-        if not died:
+    def _end(self, kind: str, reason: str) -> None:
+        """Ends this process, because another one has ended; once."""
+        if not self.ended.acquire(blocking=False):
+            return
+        self.tell(reason, kind)
+        if kind == "failed":
             time.sleep(1)  # the same mistake in all processes: let each say it itself
+        if self.leaving:
+            return
         print(
             f"gptoss: {self.place}: {reason}; the others stop: start all of them again",
             file=sys.stderr,
             flush=True,
         )
+        self.go_last()
         os._exit(1)
 
 
@@ -440,6 +452,8 @@ def _leave() -> None:
 
 
 def _end_now(code: int) -> None:
+    if _wires is not None:
+        _wires.go_last()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

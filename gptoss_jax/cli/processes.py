@@ -38,7 +38,9 @@ def together(verb: str, arguments: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(hosts.together(place, settings, model.initialization_timeout))
         stack.enter_context(_stdout_of_one(hosts.speaks()))
-        note(f"{place.count} processes, coordinator {place.address}")
+        import jax
+
+        note(f"{place.count} processes, {jax.device_count()} devices, coordinator {place.address}")
         yield
 
 
