@@ -241,7 +241,7 @@ def connect(place: Place, settings: Mapping[str, Any], timeout: float = 300) -> 
     global _wires
     end = time.monotonic() + timeout
     _wires = _Wires(place, (_call if place.index else _answer)(place, end))
-    compare(settings)
+    compare({"jax": jax.__version__, **settings})
     # With it a SIGTERM is a notice, and the process lives on.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
