@@ -80,19 +80,22 @@ class Attention(_Declared):
         )
         self.declare(config, rngs, dtype, sinks="N", o="DNH", o_bias="D")
 
-    def __call__(self, x_BTD, span, stored):
+    def __call__(self, x_BTD, span, stored, added):
         """Adds the attention's output to x; returns x and the layer's new (keys, values)."""
         norm = ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps)
+
+        def linear(subscripts, x, name):
+            weight, bias = (getattr(self, n).get_value() for n in (name, f"{name}_bias"))
+            return ops.linear(subscripts, x, weight, bias, added.get(name))
+
         with jax.named_scope("qkv"):
-            q = ops.linear("BTD,NHD->BTNH", norm, self.q.get_value(), self.q_bias.get_value())
-            k = ops.linear("BTD,KHD->BTKH", norm, self.k.get_value(), self.k_bias.get_value())
-            v = ops.linear("BTD,KHD->BTKH", norm, self.v.get_value(), self.v_bias.get_value())
+            q = linear("BTD,NHD->BTNH", norm, "q")
+            k = linear("BTD,KHD->BTKH", norm, "k")
+            v = linear("BTD,KHD->BTKH", norm, "v")
         q, k = ops.rotate(q, *span.rotation), ops.rotate(k, *span.rotation)
         out, stored = self._attend(q, k, v, span, stored)
         with jax.named_scope("o"):
-            return x_BTD + ops.linear(
-                "BTNH,DNH->BTD", out, self.o.get_value(), self.o_bias.get_value()
-            ), stored
+            return x_BTD + linear("BTNH,DNH->BTD", out, "o"), stored
 
     def _attend(self, q, k, v, span, stored):
         sinks, window = self.sinks.get_value(), self.window
@@ -164,9 +167,14 @@ class Mlp(_Declared):
             config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED"
         )
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, added):
         """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X]."""
-        config = self.config
+        config, T = self.config, x_BTD.shape[1]
+        # a row of the batch is T rows here
+        added = {
+            name: ops.LowRank(a, b, gain if len(gain) == 1 else jnp.repeat(gain, T, axis=0))
+            for name, (a, b, gain) in added.items()
+        }
         norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(
             -1, config.hidden_size
         )
@@ -189,6 +197,7 @@ class Mlp(_Declared):
             alpha=config.swiglu_alpha,
             limit=config.swiglu_limit,
             rows=rows,
+            low_rank=added,
         )
         return x_BTD + out.reshape(x_BTD.shape), experts.reshape(*x_BTD.shape[:2], -1)
 
@@ -200,10 +209,14 @@ class Block(nnx.Module):
         self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BTD, span, stored):
-        x_BTD, stored = self.attention(x_BTD, span, stored)
-        x_BTD, experts = self.mlp(constrain(x_BTD, "BTD"))
+    def __call__(self, x_BTD, span, stored, added):
+        x_BTD, stored = self.attention(x_BTD, span, stored, added.get("attention", {}))
+        x_BTD, experts = self.mlp(constrain(x_BTD, "BTD"), added.get("mlp", {}))
         return constrain(x_BTD, "BTD"), stored, experts
+
+
+def _call(layer, span, x_BTD, stored, added):
+    return layer(x_BTD, span, stored, added)
 
 
 class GptOss(_Declared):
@@ -220,18 +233,36 @@ class GptOss(_Declared):
             [Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
         )
 
-    def __call__(self, tokens_BT, span, stored):
+    def __call__(self, tokens_BT, span, stored, added, remat):
         """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen
         experts a layer.
         """
-        x_BTD = constrain(self.embedding.get_value()[tokens_BT], "BTD")
+        x_BTD = self.embedding.get_value()[tokens_BT]
+        if "embedding" in added:
+            x_BTD = _embedded(x_BTD, tokens_BT, added["embedding"])
+        x_BTD = constrain(x_BTD, "BTD")
         kept, routed = [], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, pair, experts = layer(x_BTD, span, None if stored is None else stored[i])
+                call = functools.partial(_call, layer, span)
+                x_BTD, pair, experts = (jax.checkpoint(call) if remat else call)(
+                    x_BTD,
+                    None if stored is None else stored[i],
+                    added.get("layers", {}).get(i, {}),
+                )
             kept.append(pair)
             routed.append(experts)
         return ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps), kept, routed
+
+
+def _embedded(x_BTD, tokens_BT, low_rank):
+    """Embeddings with a low-rank addition: a [R, V], b [D, R]."""
+    a, b, gain_BR = low_rank
+    h_BTR = (a.T[tokens_BT].astype(jnp.float32) * gain_BR[:, None]).astype(x_BTD.dtype)
+    added = jnp.einsum(
+        "BTR,DR->BTD", h_BTR, b.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    return (x_BTD.astype(jnp.float32) + added).astype(x_BTD.dtype)
 
 
 class _Span:
@@ -294,8 +325,13 @@ def hidden(
     config: GptOssConfig,
     mask: Bool[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    added: Params | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Int[Array, "B T L X"]]:
-    """Hidden states before the unembedding; arguments as `apply`.
+    """Hidden states before the unembedding; arguments as `apply`, and
+
+    Args:
+      remat: Keep only the layers' inputs for the backward pass, and compute the rest again.
 
     Returns:
       [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X].
@@ -309,7 +345,7 @@ def hidden(
     span = _Span(tokens_BT, mask, None if cache is None else cache.length_B, config, segments)
     network = nnx.merge(skeleton(config)[0], params)
     stored = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
-    x_BTD, kept, routed = network(tokens_BT, span, stored)
+    x_BTD, kept, routed = network(tokens_BT, span, stored, added or {}, remat)
     if cache is not None:
         cache = kv.constrain(
             KVCache(tuple(k for k, _ in kept), tuple(v for _, v in kept), span.length_B)
@@ -322,12 +358,23 @@ def hidden(
     return x_BTD, cache, experts
 
 
-def unembed(params: Params, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """Float32 logits of hidden states."""
+def unembed(
+    params: Params, x: Float[Array, "*batch D"], added: Params | None = None
+) -> Float[Array, "*batch V"]:
+    """Float32 logits of hidden states; `added` as in `apply`."""
     with jax.named_scope("unembed"):
         logits = jnp.einsum(
             "...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32
         )
+        if added and "unembedding" in added:
+            a, b, gain_BR = added["unembedding"]
+            h = jnp.einsum(
+                "...D,RD->...R", x, a.astype(x.dtype), preferred_element_type=jnp.float32
+            )
+            h = (h * (gain_BR[:, None] if h.ndim == 3 else gain_BR)).astype(x.dtype)
+            logits += jnp.einsum(
+                "...R,VR->...V", h, b.astype(x.dtype), preferred_element_type=jnp.float32
+            )
         return constrain(logits, "BTV" if logits.ndim == 3 else "BV")
 
 
@@ -339,6 +386,7 @@ def apply(
     config: GptOssConfig,
     mask: Bool[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    added: Params | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache | None]:
     """The network as a pure function, to be called inside jax.jit.
 
@@ -349,12 +397,16 @@ def apply(
       config: The model.
       mask: False where a token is padding, left or right or anywhere; None for none.
       segments: Segment ids for packed sequences, 0 for padding; only without a cache.
+      added: Low-rank additions (`ops.LowRank`) at the paths of the weights they add to, as
+        `lora.additions` makes them; None for none.
 
     Returns:
       float32 logits [B, T, V] (meaningless where the mask is False), and the new cache or None.
     """
-    x_BTD, cache, _ = hidden(params, tokens_BT, cache, config=config, mask=mask, segments=segments)
-    return unembed(params, x_BTD), cache
+    x_BTD, cache, _ = hidden(
+        params, tokens_BT, cache, config=config, mask=mask, segments=segments, added=added
+    )
+    return unembed(params, x_BTD, added), cache
 
 
 forward = jax.jit(apply, static_argnames=("config",))

@@ -5,18 +5,19 @@ suffix (dims.py).
 
 Precision (x is the activations' dtype, bfloat16 or float32; every product accumulates in float32):
 
-    operation     input           inside    output   follows
-    rms_norm      x, scale        float32   x        torch reference: scale multiplied before the
-    cast rotate        x               float32   x        triton reference (torch casts cos and sin
-    to bfloat16 first) linear        x, weight x     float32   x        bias added in float32
-    attention     x, sinks        float32   x        triton reference: scores, sinks, softmax in
-    float32 route         x, weight x     float32   float32  selection and softmax on float32 logits
-    expert_mlp    x, MXFP4 or x   float32   x        biases and SwiGLU in float32, hidden cast to x
-    between the products unembed       x, weight x     float32   float32  triton reference: float32
-    logits
+    operation   input          inside   output   follows
+    rms_norm    x, scale       float32  x        torch reference: scale multiplied before the cast
+    rotate      x              float32  x        triton reference (torch casts cos, sin to bfloat16)
+    linear      x, weight x    float32  x        bias added in float32
+    attention   x, sinks       float32  x        triton reference: scores, sinks, softmax in float32
+    route       x, weight x    float32  float32  selection and softmax on float32 logits
+    expert_mlp  x, MXFP4 or x  float32  x        biases, SwiGLU in float32; hidden cast to x between
+    LowRank     x, a and b x   float32  float32  peft: added before the cast of what it adds to
+    unembed     x, weight x    float32  float32  triton reference: float32 logits
 """
 
 from gptoss_jax.ops.attention import attention as attention
+from gptoss_jax.ops.linear import LowRank as LowRank
 from gptoss_jax.ops.linear import linear as linear
 from gptoss_jax.ops.moe import expert_mlp as expert_mlp
 from gptoss_jax.ops.moe import route as route

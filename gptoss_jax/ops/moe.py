@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
 from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops.linear import LowRank
 
 UNPACKED_LIMIT = (
     1 << 24
@@ -85,6 +86,7 @@ def expert_mlp(
     alpha: float,
     limit: float,
     rows: tuple[str, ...] = (),
+    low_rank: dict[str, LowRank] | None = None,
 ) -> Float[Array, "M D"]:
     """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen
     experts only.
@@ -103,19 +105,36 @@ def expert_mlp(
       alpha: SwiGLU's slope.
       limit: SwiGLU's clamp.
       rows: Mesh axes over which M is spread (`sharding.batch_axes`); () without a mesh.
+      low_rank: Additions to the weights, "gate_up" (a [E, R, D], b [E, F, P, R]) and "down" (a [E,
+        R, F], b [E, D, R]), either or both; gains [M, R] or [1, R].
 
     Returns:
       [M, D] in x's dtype.
     """
+    low_rank = {
+        name: LowRank(a, b, jnp.broadcast_to(gain, (x_MD.shape[0], gain.shape[1])))
+        for name, (a, b, gain) in (low_rank or {}).items()
+    }
     parts = x_MD, weights_MX, experts_MX, gate_up_EFPD, gate_up_bias_EFP, down_EDF, down_bias_ED
     if sharding.current() is not None:
-        return _spread_mlp(*parts, alpha=alpha, limit=limit, rows=rows)
+        return _spread_mlp(*parts, low_rank, alpha=alpha, limit=limit, rows=rows)
     with jax.named_scope("expert_mlp"):
-        return _mlp(*parts, alpha=alpha, limit=limit).astype(x_MD.dtype)
+        return _mlp(*parts, low_rank, alpha=alpha, limit=limit).astype(x_MD.dtype)
 
 
 def _spread_mlp(
-    x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias, *, alpha, limit, rows
+    x_MD,
+    weights_MX,
+    experts_MX,
+    gate_up,
+    gate_up_bias,
+    down,
+    down_bias,
+    low_rank,
+    *,
+    alpha,
+    limit,
+    rows,
 ):
     """`expert_mlp` on a mesh: a device computes the pairs whose experts it holds; drops nothing.
 
@@ -140,6 +159,8 @@ def _spread_mlp(
     def local(x_MD, weights_MX, experts_MX, *held):
         if "expert" in rows:
             x_MD, weights_MX, experts_MX = gather(x_MD), gather(weights_MX), gather(experts_MX)
+            low_rank = {name: LowRank(a, b, gather(g)) for name, (a, b, g) in held[-1].items()}
+            held = (*held[:-1], low_rank)
         count = held[0].shape[0]
         experts_MX = experts_MX - count * (jax.lax.axis_index(spread) if spread else 0)
         here_MX = (experts_MX >= 0) & (experts_MX < count)
@@ -156,9 +177,10 @@ def _spread_mlp(
             out_MD = scatter(out_MD)
         return (jax.lax.psum(out_MD, rest) if rest else out_MD).astype(x_MD.dtype)
 
-    specs = (by_row,) * 3 + (by_expert,) * 4
+    additions = {name: LowRank(by_expert, by_expert, by_row) for name in low_rank}
+    specs = (*(by_row,) * 3, *(by_expert,) * 4, additions)
     return jax.shard_map(local, in_specs=specs, out_specs=by_row)(
-        x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias
+        x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias, low_rank
     )
 
 
@@ -170,6 +192,7 @@ def _mlp(
     gate_up_bias_EFP,
     down_EDF,
     down_bias_ED,
+    low_rank,
     *,
     alpha,
     limit,
@@ -180,11 +203,13 @@ def _mlp(
     E, F, P, D = gate_up_EFPD.shape
     pairs = M * X
 
-    def one(x_bD, expert):
+    def one(x_bD, expert, added):
         """Rows of one expert: [b, D] -> float32 [b, D]."""
         gate_up = _unpack(gate_up_EFPD[expert], x_bD.dtype)
         h = jnp.einsum("bD,FPD->bFP", x_bD, gate_up, preferred_element_type=jnp.float32)
         h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
+        if "gate_up" in added:
+            h = h + _low_rank("bD,RD->bR", "bR,FPR->bFP", x_bD, *added["gate_up"])
         act = swiglu(h, alpha, limit).astype(x_bD.dtype)
         out = jnp.einsum(
             "bF,DF->bD",
@@ -192,20 +217,31 @@ def _mlp(
             _unpack(down_EDF[expert], x_bD.dtype),
             preferred_element_type=jnp.float32,
         )
-        return out + down_bias_ED[expert].astype(jnp.float32)[None]
+        out = out + down_bias_ED[expert].astype(jnp.float32)[None]
+        if "down" in added:
+            out = out + _low_rank("bF,RF->bR", "bR,DR->bD", act, *added["down"])
+        return out
 
     run = functools.partial(_for_each, unpacked=F * P * D + D * F)
     if spread:
         run = functools.partial(_for_each_present, count=E, spread=spread)
     if pairs <= max(E, SMALLEST_BLOCK):
         rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
-        out = run(one, rows, experts_MX.reshape(-1))[:, 0]
+        chosen = experts_MX.reshape(-1)
+        added = _added(low_rank, chosen, lambda g_MR: jnp.repeat(g_MR, X, axis=0)[:, None])
+        out = run(one, rows, chosen, added)[:, 0]
     else:
         block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
         slots, sources, block_experts = group(experts_MX.reshape(-1), E + bool(spread), block)
         rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
         rows = rows.reshape(-1, block, D)
-        out = run(one, rows, block_experts).reshape(-1, D)[slots]
+
+        def gains(g_MR):
+            g = jnp.take(g_MR, sources // X, axis=0, mode="fill", fill_value=0)
+            return g.reshape(-1, block, g.shape[-1])
+
+        added = _added(low_rank, block_experts, gains)
+        out = run(one, rows, block_experts, added).reshape(-1, D)[slots]
     return (out.reshape(M, X, D) * weights_MX[..., None]).sum(1)
 
 
@@ -246,16 +282,34 @@ def group(
     return slots, sources, jnp.minimum(block_experts, count - 1).astype(jnp.int32)
 
 
-def _for_each(one, rows, experts, unpacked):
-    """one(rows[i], experts[i]) for every i: all at once if the unpacked weights are few, else one
-    after another.
+def _added(low_rank, experts, gains) -> dict[str, LowRank]:
+    """Low-rank additions of every step: those of its expert. Gathered ahead, so that their
+    gradients are scattered once and not added up whole at every step.
+    """
+
+    def chosen(x):
+        # in float32, because that is how gradients of a rank's few rows add up
+        return jnp.take(x, experts, axis=0, mode="clip")
+
+    return {name: LowRank(chosen(a), chosen(b), gains(g)) for name, (a, b, g) in low_rank.items()}
+
+
+def _low_rank(first, second, x, a, b, gain_bR):
+    h = jnp.einsum(first, x, a.astype(x.dtype), preferred_element_type=jnp.float32)
+    h = (h * gain_bR).astype(x.dtype)
+    return jnp.einsum(second, h, b.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _for_each(one, rows, experts, added, unpacked):
+    """one(rows[i], experts[i], added[i]) for every i: all at once if the unpacked weights are few,
+    else one after another.
     """
     if rows.shape[0] * unpacked <= UNPACKED_LIMIT:
-        return jax.vmap(one)(rows, experts)
-    return jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), (rows, experts))
+        return jax.vmap(one)(rows, experts, added)
+    return jax.lax.map(jax.checkpoint(lambda step: one(*step)), (rows, experts, added))
 
 
-def _for_each_present(one, rows, experts, count, spread):
+def _for_each_present(one, rows, experts, added, count, spread):
     """`_for_each`, one after another; expert `count` is nobody's: zeros, its step is skipped."""
 
     def present(pair):
@@ -268,7 +322,7 @@ def _for_each_present(one, rows, experts, count, spread):
     def step(pair):
         return jax.lax.cond(pair[1] < count, present, absent, pair)
 
-    return jax.lax.map(step, (rows, experts))
+    return jax.lax.map(step, (rows, experts, added))
 
 
 def _unpack(weight: Weight, dtype) -> jax.Array:

@@ -1,0 +1,196 @@
+"""LoRA: which weights get a low-rank addition, its parameters, and how several adapters become one
+addition.
+
+An adapter is a second tree with the same paths as the parameters: {"a", "b"} at every weight that
+it adds to, W' = W + (alpha / rank) b a. The base is never changed, and stays packed. Knows no files
+and no training.
+
+Source: Hu et al., LoRA, 2021, section 4.1; Kalajdzievski, rsLoRA, 2023, for alpha / sqrt(rank).
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax import dims, sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.model import Params, letters
+from gptoss_jax.ops import LowRank
+
+# Weight -> axes of a and b. a contracts the weight's inputs; b gives its outputs.
+AXES = {
+    "q": ("RD", "NHR"),
+    "k": ("RD", "KHR"),
+    "v": ("RD", "KHR"),
+    "o": ("RNH", "DR"),
+    "gate_up": ("ERD", "EFPR"),
+    "down": ("ERF", "EDR"),
+    "embedding": ("RV", "DR"),
+    "unembedding": ("RD", "VR"),
+}
+EXPERTS = ("gate_up", "down")
+GROUPS = {"attention": ("q", "k", "v", "o"), "experts": EXPERTS, "all": (*AXES,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter adds to.
+
+    Attributes:
+      rank: Of attention, embedding and unembedding.
+      alpha: Scale: additions are multiplied by alpha / rank.
+      targets: Names of AXES, "attention", "experts" or "all"; patterns such as "gate*" too.
+      layers: Layers that get one; None for all.
+      expert_rank: Of the experts; None for `rank`. The experts' alpha is `alpha` in proportion, so
+        that their scale is the same.
+      rslora: Scale by alpha / sqrt(rank) instead.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("attention", "experts")
+    layers: tuple[int, ...] | None = None
+    expert_rank: int | None = None
+    rslora: bool = False
+
+    def __post_init__(self):
+        for name, value in (("rank", self.rank), ("expert_rank", self.expert_rank or self.rank)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise GptOssError(f"LoRA {name} of {value!r}: expected a positive integer")
+        if not self.alpha > 0:
+            raise GptOssError(f"LoRA alpha of {self.alpha!r}: expected a positive number")
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the addition to a weight."""
+        return (self.expert_rank or self.rank) if name in EXPERTS else self.rank
+
+    @property
+    def scale(self) -> float:
+        """What b a is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def names(self) -> tuple[str, ...]:
+        """Weights that the targets mean, in the order of AXES.
+
+        Raises:
+          GptOssError: A target matches nothing; the message lists what exists.
+        """
+        found: set[str] = set()
+        for target in self.targets:
+            matched = GROUPS.get(target) or fnmatch.filter(AXES, target)
+            if not matched:
+                raise GptOssError(
+                    f"LoRA target {target!r} matches nothing: use attention, experts, all, or "
+                    f"names and patterns of {', '.join(AXES)}"
+                )
+            found.update(matched)
+        if not found:
+            raise GptOssError(f"LoRA needs a target: use attention, experts, or {', '.join(AXES)}")
+        return tuple(name for name in AXES if name in found)
+
+
+def paths(config: GptOssConfig, lora: LoraConfig) -> list[tuple]:
+    """Paths of the weights that an adapter adds to.
+
+    Raises:
+      GptOssError: A target matches nothing, or a layer does not exist.
+    """
+    names = set(lora.names())
+    for layer in lora.layers or ():
+        if not 0 <= layer < config.num_layers:
+            raise GptOssError(f"LoRA layer {layer}: the model's are 0 to {config.num_layers - 1}")
+    if lora.layers == ():
+        raise GptOssError("LoRA layers are empty: give some, or None for all")
+    found = []
+    for keys, _ in jax.tree_util.tree_flatten_with_path(letters(config))[0]:
+        path = tuple(key.key for key in keys)
+        inside = path[0] == "layers"
+        if path[-1] in names and (not inside or lora.layers is None or path[1] in lora.layers):
+            found.append(path)
+    return found
+
+
+def axes(config: GptOssConfig, lora: LoraConfig) -> Params:
+    """Tree of the adapter's letters, for example [...]["q"] == {"a": "RD", "b": "NHR"}."""
+    tree: Params = {}
+    for path in paths(config, lora):
+        a, b = AXES[path[-1]]
+        _set(tree, path, {"a": a, "b": b})
+    return tree
+
+
+def shapes(config: GptOssConfig, lora: LoraConfig) -> Params:
+    """Tree of jax.ShapeDtypeStruct, float32."""
+
+    def one(keys, letters: str):
+        rank = lora.rank_of(keys[-2].key)
+        parts = (rank if letter == "R" else dims.shape(letter, config)[0] for letter in letters)
+        return jax.ShapeDtypeStruct(tuple(parts), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, axes(config, lora))
+
+
+def init(config: GptOssConfig, lora: LoraConfig, key: jax.Array) -> Params:
+    """A new adapter, float32: a uniform as torch's Linear (bound 1 / sqrt(inputs), as peft), b
+    zero, so that it changes nothing yet.
+
+    Args:
+      config: The model.
+      lora: What to add to.
+      key: Every a has its own, folded from its path's place in the tree.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(config, lora))
+    found = []
+    for number, (keys, shape) in enumerate(leaves):
+        if keys[-1].key == "b":
+            found.append(jnp.zeros(shape.shape, shape.dtype))
+            continue
+        letters_ = AXES[keys[-2].key][0]
+        sizes = zip(shape.shape, letters_, strict=True)
+        bound = 1 / math.sqrt(math.prod(size for size, letter in sizes if letter not in "RE"))
+        own = jax.random.fold_in(key, number)
+        found.append(jax.random.uniform(own, shape.shape, shape.dtype, -bound, bound))
+    return jax.tree.unflatten(tree, found)
+
+
+def count(tree: Params) -> int:
+    """Number of parameters of an adapter, arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def shardings(config: GptOssConfig, lora: LoraConfig, mesh: Any) -> Params:
+    """Where an adapter lies on a mesh: as the weights it adds to, by the same table."""
+
+    def one(keys, letters: str):
+        path = tuple(key.key for key in keys)
+        return jax.sharding.NamedSharding(mesh, sharding.parameter_spec(path, letters))
+
+    return jax.tree_util.tree_map_with_path(one, axes(config, lora))
+
+
+def additions(adapter: Params, lora: LoraConfig) -> Params:
+    """What `model.apply(added=)` takes: the adapter for all rows."""
+
+    def one(pair):
+        rank = pair["b"].shape[-1]
+        return LowRank(pair["a"], pair["b"], jnp.full((1, rank), lora.scale, jnp.float32))
+
+    return _each_pair(one, adapter)
+
+
+def _each_pair(one, tree: Params) -> Params:
+    if set(tree) == {"a", "b"}:
+        return one(tree)
+    return {key: _each_pair(one, child) for key, child in tree.items()}
+
+
+def _set(tree: Params, path: Sequence[Any], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
