@@ -167,8 +167,10 @@ class Mlp(_Declared):
             config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED"
         )
 
-    def __call__(self, x_BTD, added):
-        """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X]."""
+    def __call__(self, x_BTD, added, shares):
+        """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X], and the
+        router's share of every expert, float32 [B, T, E], if `shares`.
+        """
         config, T = self.config, x_BTD.shape[1]
         # a row of the batch is T rows here
         added = {
@@ -199,7 +201,16 @@ class Mlp(_Declared):
             rows=rows,
             low_rank=added,
         )
-        return x_BTD + out.reshape(x_BTD.shape), experts.reshape(*x_BTD.shape[:2], -1)
+        routed = experts.reshape(*x_BTD.shape[:2], -1)
+        if shares:
+            logits = ops.linear(
+                "BTD,ED->BTE",
+                norm.reshape(x_BTD.shape),
+                self.router.get_value(),
+                self.router_bias.get_value(),
+            )
+            routed = routed, jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        return x_BTD + out.reshape(x_BTD.shape), routed
 
 
 class Block(nnx.Module):
@@ -209,14 +220,14 @@ class Block(nnx.Module):
         self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BTD, span, stored, added):
+    def __call__(self, x_BTD, span, stored, added, shares):
         x_BTD, stored = self.attention(x_BTD, span, stored, added.get("attention", {}))
-        x_BTD, experts = self.mlp(constrain(x_BTD, "BTD"), added.get("mlp", {}))
-        return constrain(x_BTD, "BTD"), stored, experts
+        x_BTD, routed = self.mlp(constrain(x_BTD, "BTD"), added.get("mlp", {}), shares)
+        return constrain(x_BTD, "BTD"), stored, routed
 
 
-def _call(layer, span, x_BTD, stored, added):
-    return layer(x_BTD, span, stored, added)
+def _call(layer, span, shares, x_BTD, stored, added):
+    return layer(x_BTD, span, stored, added, shares)
 
 
 class GptOss(_Declared):
@@ -233,9 +244,9 @@ class GptOss(_Declared):
             [Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
         )
 
-    def __call__(self, tokens_BT, span, stored, added, remat):
-        """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, chosen
-        experts a layer.
+    def __call__(self, tokens_BT, span, stored, added, remat, shares):
+        """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, and what
+        `Mlp` says of routing a layer.
         """
         x_BTD = self.embedding.get_value()[tokens_BT]
         if "embedding" in added:
@@ -244,14 +255,14 @@ class GptOss(_Declared):
         kept, routed = [], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                call = functools.partial(_call, layer, span)
-                x_BTD, pair, experts = (jax.checkpoint(call) if remat else call)(
+                call = functools.partial(_call, layer, span, shares)
+                x_BTD, pair, choice = (jax.checkpoint(call) if remat else call)(
                     x_BTD,
                     None if stored is None else stored[i],
                     added.get("layers", {}).get(i, {}),
                 )
             kept.append(pair)
-            routed.append(experts)
+            routed.append(choice)
         return ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps), kept, routed
 
 
@@ -327,14 +338,17 @@ def hidden(
     segments: Int[Array, "B T"] | None = None,
     added: Params | None = None,
     remat: bool = False,
-) -> tuple[Float[Array, "B T D"], KVCache | None, Int[Array, "B T L X"]]:
+    shares: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache | None, Any]:
     """Hidden states before the unembedding; arguments as `apply`, and
 
     Args:
       remat: Keep only the layers' inputs for the backward pass, and compute the rest again.
+      shares: Also return the routers' softmax over all experts.
 
     Returns:
-      [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X].
+      [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X]; with `shares` a pair
+      of them and float32 [B, T, layers, E].
     """
     order = None
     if mask is not None and mask.shape[1] > 1:
@@ -345,16 +359,18 @@ def hidden(
     span = _Span(tokens_BT, mask, None if cache is None else cache.length_B, config, segments)
     network = nnx.merge(skeleton(config)[0], params)
     stored = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
-    x_BTD, kept, routed = network(tokens_BT, span, stored, added or {}, remat)
+    x_BTD, kept, routed = network(tokens_BT, span, stored, added or {}, remat, shares)
     if cache is not None:
         cache = kv.constrain(
             KVCache(tuple(k for k, _ in kept), tuple(v for _, v in kept), span.length_B)
         )
-    experts = jnp.stack(routed, axis=2)
+    experts = jax.tree.map(lambda *layers: jnp.stack(layers, axis=2), *routed)
     if order is not None:
         back = jnp.argsort(order, axis=1)
         x_BTD = jnp.take_along_axis(x_BTD, back[..., None], axis=1)
-        experts = jnp.take_along_axis(experts, back[..., None, None], axis=1)
+        experts = jax.tree.map(
+            lambda x: jnp.take_along_axis(x, back[..., None, None], axis=1), experts
+        )
     return x_BTD, cache, experts
 
 
