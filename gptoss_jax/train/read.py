@@ -85,10 +85,9 @@ def _read(source: Source, split: str, skip_bad: bool, found: Examples) -> None:
         return _read(_choose(cast(Mapping, source), split), split, skip_bad, found)
     arrow = type(source).__module__.partition(".")[0] == "datasets"
     for number, row in enumerate(source):
-        if number == 0 and isinstance(row, str | os.PathLike):
-            for each in cast(Iterable[Any], source):
-                _read(each, split, skip_bad, found)
-            return None
+        if isinstance(row, str | os.PathLike):
+            _read(cast(Source, row), split, skip_bad, found)
+            continue
         where = f"row {number}"
         if not isinstance(row, Mapping):
             _fault(f"{where}: expected a dict of columns, got {_kind(row)}", skip_bad, found)
