@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gptoss_jax"
 
 FLOORS = [
-    {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "hosts"},
+    {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "hosts", "libtpu"},
     {"kernels", "ops"},
     {"cache", "model", "lora"},
-    {"checkpoint", "hub", "tokenizer"},
+    {"checkpoint", "hub", "tokenizer", "adapters"},
     {"sampling", "steps", "stops", "engine", "batching"},
     {"chat", "tools"},
     {"server", "train", "bench", "plan", "cli", "convert"},
@@ -28,7 +28,7 @@ SAME_FLOOR = {
     ("hf_names", "config"), ("hf_names", "mxfp4"), ("hf_names", "dims"), ("sharding", "dims"), ("sharding", "config"),
     ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("checkpoint", "hub"),
     ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"),
-    ("checkpoint", "tokenizer"),
+    ("checkpoint", "tokenizer"), ("adapters", "checkpoint"),
 }  # fmt: skip
 # Third parties with walls: the rooms that may import them.
 WALLS = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 
 from gptoss_jax.checkpoint.source import Source, open_source
 from gptoss_jax.checkpoint.stored import Stored, aligned, new_folder
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # importing Orbax takes a second, which other layouts need no
     from gptoss_jax.checkpoint.store import Store
 
 MANIFEST = "manifest.json"
-Shardings = Callable[[ParamPath, str], jax.sharding.Sharding]
+Shardings = Callable[[ParamPath, str], jax.sharding.Sharding | Format]
 Progress = Callable[[str, int], None]
 
 

@@ -9,6 +9,8 @@ import importlib
 import os
 import sys
 
+from gptoss_jax import libtpu
+
 VERBS = {
     "generate": ("gptoss_jax.cli.generate", "answer one prompt, or continue raw text"),
     "chat": ("gptoss_jax.cli.chat", "talk to the model in the terminal"),
@@ -72,6 +74,7 @@ def _who() -> str:
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    libtpu.hush()
     module = importlib.import_module(VERBS[verb][0])
     import tyro
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -25,13 +25,21 @@ class Arguments:
     h200:8; also a100, a100-40, l4, 4090, b200).
     """
     context: int | None = None
-    """Tokens of a row, prompt and answer; by default the model's longest."""
+    """Tokens of a row, prompt and answer; by default the model's longest, for finetune 2048."""
     batch: int = 1
     """Rows at the same time."""
     mesh: str | None = None
     """Such as expert=4,data=2; by default the sensible ones are tried."""
-    tried: int = 2
-    """How many meshes are compiled; the others are judged by arithmetic."""
+    task: Literal["generate", "finetune"] = "generate"
+    """finetune compiles LoRA's update instead of prefill and decode; minutes."""
+    rank: int = 8
+    """Of the adapter, for finetune."""
+    targets: str = "attention,experts"
+    """What the adapter adds to, for finetune."""
+    tried: int | None = None
+    """How many meshes are compiled, by default 2, for finetune 1; the others are judged by
+    arithmetic.
+    """
     json: bool = False
     """Print one JSON object, for programs."""
     plot: Path | None = None
@@ -46,6 +54,12 @@ def run(arguments: Arguments) -> int:
     from gptoss_jax.plan import plan
 
     config, packed = _config(arguments.model)
+    training = None
+    if arguments.task == "finetune":
+        from gptoss_jax.lora import LoraConfig
+
+        targets = tuple(arguments.targets.replace(" ", "").split(","))
+        training = _training(config, LoraConfig(rank=arguments.rank, targets=targets))
     found = plan(
         config,
         arguments.topology,
@@ -53,10 +67,11 @@ def run(arguments: Arguments) -> int:
         batch=arguments.batch,
         mesh=arguments.mesh,
         packed=packed,
+        training=training,
         tried=arguments.tried,
         say=(lambda text: None) if arguments.json else note,
     )
-    report = describe(found, arguments.model)
+    report = {**describe(found, arguments.model), "task": arguments.task}
     if arguments.plot:
         _plot(report, arguments.plot)
     if arguments.json:
@@ -82,12 +97,45 @@ def _config(name: str) -> tuple[Any, bool]:
     return opened.config, any(leaf.packed for leaf in opened.leaves)
 
 
+def _training(config, lora):
+    """LoRA's update as the planner takes it."""
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax import lora as adapters
+    from gptoss_jax.plan.programs import Training
+    from gptoss_jax.train.optimizer import state_shardings, transform
+    from gptoss_jax.train.settings import Settings
+    from gptoss_jax.train.step import make_step, new_state
+
+    settings = Settings(lora=lora)
+    shapes = adapters.shapes(config, lora)
+
+    def state(mesh, everywhere):
+        trained = jax.tree.map(lambda _: everywhere, shapes)
+        if mesh is not None:
+            trained = adapters.shardings(config, lora, mesh)
+        found = jax.eval_shape(lambda tree: new_state(tree, settings), shapes)
+        where: dict[str, Any] = {name: everywhere for name in found}
+        rule = transform(settings.optimizer)
+        moments = state_shardings(rule, shapes, trained, everywhere)
+        where |= {"trained": trained, "optimizer": moments}
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), found, where
+        )
+
+    def step(mesh):
+        where = None if mesh is None else adapters.shardings(config, lora, mesh)
+        return make_step(config, settings, 1000, jnp.bfloat16, where)
+
+    return Training(adapters.count(shapes), state, step)
+
+
 def describe(found, model: str) -> dict[str, Any]:
     """A plan as plain data: bytes, operations, tokens a second, seconds."""
     device, best = found.topology.device, found.best
     return {
         "model": model,
-        "task": "generate",
         "topology": found.topology.name,
         "devices": found.topology.count,
         "device": {
@@ -112,16 +160,14 @@ def describe(found, model: str) -> dict[str, Any]:
 
 
 def _candidate(one) -> dict[str, Any]:
-    least = {"decode": one.decode, "prefill": one.prefill}
     return {
         "mesh": one.mesh,
         "fits": one.fits,
         "memory": {**dataclasses.asdict(one.memory), "peak": one.memory.peak},
         "needed": one.needed if one.needed != float("inf") else None,
         "programs": {name: dataclasses.asdict(program) for name, program in one.programs.items()},
-        "least": {name: {"bytes": w.bytes, "flops": w.flops} for name, w in least.items()},
-        "decode_tokens_per_second": one.decode_tokens,
-        "prefill_tokens_per_second": one.prefill_tokens,
+        "least": {name: dataclasses.asdict(work) for name, work in one.least.items()},
+        **{f"{name}_tokens_per_second": pace for name, pace in one.tokens.items()},
     }
 
 
@@ -183,7 +229,7 @@ def _print(report: dict[str, Any]) -> None:
     peaks = [one["needed"] or one["memory"]["peak"] for one in report["tried"]]
     memory.add_row(f"peak, of {device['memory'] / GB:.1f}", *(f"{peak / GB:.2f}" for peak in peaks))
     memory.add_row("fits", *("yes" if one["fits"] else "no" for one in report["tried"]))
-    for name in ("decode", "prefill"):
+    for name in report["least"]:
         paces = (f"{one[f'{name}_tokens_per_second']:,.0f}" for one in report["tried"])
         memory.add_row(f"{name} tokens/s at most", *paces)
     judged = ("compiled" if one["programs"] else "arithmetic" for one in report["tried"])

@@ -17,9 +17,10 @@ from gptoss_jax.ops.attention import QUERY_BLOCK, SCORES_LIMIT
 from gptoss_jax.plan import bounds, hardware, programs
 from gptoss_jax.plan.bounds import Work
 from gptoss_jax.plan.hardware import Topology
-from gptoss_jax.plan.programs import DoesNotFit, Program
+from gptoss_jax.plan.programs import DoesNotFit, Program, Training
 
 TRIED = 2  # meshes compiled where none is given
+LOGITS_BYTES = 1 << 27  # float32 logits that training holds at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +56,17 @@ class Candidate:
     Attributes:
       mesh: Axis -> size; {} for one device.
       memory: By the compiler, or estimated where `programs` is empty.
-      decode, prefill: Least work of a step.
-      decode_tokens, prefill_tokens: Tokens a second that the devices' bandwidth, matrix rate and
-        links allow at most, all rows together.
-      programs: Name -> compiled step; empty if none was compiled.
+      least: Step ("decode" and "prefill", or "train") -> its least work.
+      tokens: Step -> tokens a second that the devices' bandwidth, matrix rate and links allow at
+        most, all rows together.
+      programs: Step -> compiled program; empty if none was compiled.
       needed: What the compiler says a program needs that did not fit, or None.
     """
 
     mesh: dict[str, int]
     memory: Memory
-    decode: Work
-    prefill: Work
-    decode_tokens: float
-    prefill_tokens: float
+    least: dict[str, Work]
+    tokens: dict[str, float]
     programs: dict[str, Program] = dataclasses.field(default_factory=dict)
     needed: float | None = None
 
@@ -75,6 +74,11 @@ class Candidate:
     def fits(self) -> bool:
         """Whether all of it fits into the device's memory."""
         return self.needed is None and self.memory.peak <= self.memory.available
+
+    @property
+    def pace(self) -> float:
+        """Tokens a second of the step that meshes are ranked by."""
+        return next(iter(self.tokens.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +115,22 @@ def plan(
     batch: int = 1,
     mesh: sharding.Sizes | None = None,
     packed: bool = True,
-    tried: int = TRIED,
+    training: Training | None = None,
+    tried: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Plans generation.
+    """Plans generation, or training.
 
     Args:
       config: The model.
       topology: "v6e:2x2", "v5p:2x2x1", "h100:8".
-      context: Tokens a row, prompt and answer; by default the model's longest.
-      batch: Rows.
+      context: Tokens a row, prompt and answer; by default the model's longest. For training the
+        length of a row, by default 2,048.
+      batch: Rows; for training those computed at once.
       mesh: The mesh to judge; by default the sensible ones, of which the best are compiled.
       packed: Experts in MXFP4, as released; else bfloat16.
-      tried: How many meshes are compiled.
+      training: What is trained and how; None plans generation.
+      tried: How many meshes are compiled; by default 2, for training 1.
       say: Told what is being done.
 
     Raises:
@@ -131,13 +138,16 @@ def plan(
         longer than the model's.
     """
     slice_ = hardware.parse(topology)
-    context = config.max_context if context is None else context
+    if context is None:
+        context = config.max_context if training is None else 2048
+    if tried is None:
+        tried = TRIED if training is None else 1
     if not 0 < context <= config.max_context:
         raise GptOssError(f"context of {context}: this model's is 1 to {config.max_context}")
     if batch < 1:
         raise GptOssError(f"batch of {batch}: expected 1 or more")
-    judge = _Judge(config, slice_, packed)
-    meshes = meshes_for(config, slice_.count) if mesh is None else [_given(mesh, config, slice_)]
+    judge = _Judge(config, slice_, packed, training)
+    meshes = judge.meshes(slice_.count) if mesh is None else [_given(mesh, config, slice_)]
     ranked = judge.rank(meshes, batch, context)
     try:
         devices = programs.devices(slice_)
@@ -164,20 +174,29 @@ def plan(
     )
 
 
-def meshes_for(config: GptOssConfig, count: int) -> list[dict[str, int]]:
-    """Every division of the devices over data, expert and tensor that the model allows."""
+def meshes_for(config: GptOssConfig, count: int, fsdp: bool = False) -> list[dict[str, int]]:
+    """Every division of the devices over data, expert and tensor (and fsdp) that the model
+    allows.
+    """
+    axes = ("tensor", "expert", "fsdp", "data") if fsdp else ("tensor", "expert", "data")
     found = []
-    for tensor in range(1, count + 1):
-        for expert in range(1, count // tensor + 1):
-            if count % (tensor * expert) == 0:
-                sizes = {"data": count // (tensor * expert), "expert": expert, "tensor": tensor}
-                sizes = {axis: size for axis, size in sizes.items() if size > 1}
-                try:
-                    sharding.check(sizes, config)
-                except GptOssError:
-                    continue
-                found.append(sizes)
+    for parts in _factors(count, len(axes)):
+        sizes = {axis: size for axis, size in zip(axes, parts, strict=True) if size > 1}
+        try:
+            sharding.check(sizes, config)
+        except GptOssError:
+            continue
+        found.append(sizes)
     return found
+
+
+def _factors(count: int, parts: int):
+    if parts == 1:
+        yield (count,)
+        return
+    for first in range(1, count + 1):
+        if count % first == 0:
+            yield from ((first, *rest) for rest in _factors(count // first, parts - 1))
 
 
 def _given(mesh, config: GptOssConfig, topology: Topology) -> dict[str, int]:
@@ -203,79 +222,88 @@ def _version(platform: str) -> str:
 
 def _merit(one: Candidate):
     # what fits first; then speed, in steps of 2 % so that of equals the simpler mesh is taken
-    pace = math.log(max(one.decode_tokens, 1e-9)) // math.log(1.02)
-    return not one.fits, -pace if one.fits else one.memory.peak, len(one.mesh), -one.decode_tokens
+    pace = math.log(max(one.pace, 1e-9)) // math.log(1.02)
+    return not one.fits, -pace if one.fits else one.memory.peak, len(one.mesh), -one.pace
 
 
 class _Judge:
     """Judges meshes for one model on one kind of devices."""
 
-    def __init__(self, config: GptOssConfig, topology: Topology, packed: bool):
+    def __init__(
+        self, config: GptOssConfig, topology: Topology, packed: bool, training: Training | None
+    ):
         self.config, self.topology, self.packed = config, topology, packed
-        self.device = topology.device
+        self.device, self.training = topology.device, training
+        self.steps = ("decode", "prefill") if training is None else ("train",)
+
+    def meshes(self, count: int) -> list[dict[str, int]]:
+        return meshes_for(self.config, count, fsdp=self.training is not None)
 
     def rank(self, meshes: list[dict[str, int]], batch: int, context: int) -> list[Candidate]:
         return sorted((self.estimate(mesh, batch, context) for mesh in meshes), key=_merit)
 
     def estimate(self, sizes: dict[str, int], batch: int, context: int) -> Candidate:
         """By arithmetic alone."""
+        rows, tensor = bounds.rows_of(batch, sizes), sizes.get("tensor", 1)
         held = bounds.weights(self.config, sizes, self.packed).total
-        rows = bounds.rows_of(batch, sizes)
-        tensor = sizes.get("tensor", 1)
-        state = rows * self.config.vocab_size * (4 + 4 + 1) // tensor
-        chunk = min(CHUNKS[-1], context)
-        # prefill's scores, in float32 and once more as probabilities, and its float32 activations
-        queries = rows * self.config.num_heads // tensor * chunk
-        scores = queries * context
+        chunk = min(CHUNKS[-1], context) if self.training is None else context
+        # scores in float32 and once more as probabilities
+        scores = rows * self.config.num_heads // tensor * chunk * context
         if scores > SCORES_LIMIT:
             scores = scores * min(QUERY_BLOCK, chunk) // chunk
-        pairs = batch * chunk * self.config.experts_per_token
-        temporaries = 6 * scores + pairs * self.config.hidden_size * 8
-        memory = Memory(
-            held,
-            bounds.cache(self.config, sizes, batch, context),
-            state,
-            temporaries,
-            200_000_000,
-            int(self.device.memory),
-        )
-        return self._paced(Candidate(sizes, memory, Work(0, 0), Work(0, 0), 0, 0), batch, context)
+        pairs = rows * chunk * self.config.experts_per_token
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        if self.training is None:
+            cache = bounds.cache(self.config, sizes, batch, context)
+            rest = rows * self.config.vocab_size * (4 + 4 + 1) // tensor
+            temporaries = 6 * scores + batch // rows * pairs * D * 8
+        else:
+            cache = 0
+            # parameters and two moments in float32, cut like the weights; gradients come and go
+            cut = max(1, bounds.weights(self.config, {}, self.packed).total // held)
+            rest = self.training.parameters * 12 // cut
+            temporaries = self.training.parameters * 4 // cut + 10 * scores
+            temporaries += 2 * pairs * (6 * D + 8 * F) + 3 * LOGITS_BYTES
+            temporaries += self.config.num_layers * rows * chunk * D * 2  # layers' inputs
+        memory = Memory(held, cache, rest, temporaries, 200_000_000, int(self.device.memory))
+        return self._paced(Candidate(sizes, memory, {}, {}), batch, context)
 
     def _paced(self, one: Candidate, batch: int, context: int) -> Candidate:
-        chunk = min(CHUNKS[-1], context)
-        decode = bounds.step(self.config, one.mesh, batch, 1, context, self.packed)
-        # an average chunk of the prompt has half of it before it
-        prefill = bounds.step(
-            self.config, one.mesh, batch, chunk, max(chunk, context // 2), self.packed
-        )
-        paces = []
-        for name, work, tokens in (("decode", decode, batch), ("prefill", prefill, batch * chunk)):
+        least, tokens = {}, {}
+        for name in self.steps:
+            new = {"decode": 1, "prefill": min(CHUNKS[-1], context), "train": context}[name]
+            # an average chunk of the prompt has half of it before it
+            end = {"decode": context, "prefill": max(new, context // 2), "train": context}[name]
+            work = bounds.step(self.config, one.mesh, batch, new, end, self.packed)
+            if name == "train":  # forward, forward again, and the gradient of what came in
+                work = Work(3 * work.bytes, 3 * work.flops)
             seconds = work.seconds(self.device)
             sent = one.programs[name].collectives if name in one.programs else None
             if sent:
                 seconds += sum(row["bytes"] for row in sent.values()) / self.device.link
-            paces.append(tokens / seconds)
-        return dataclasses.replace(
-            one, decode=decode, prefill=prefill, decode_tokens=paces[0], prefill_tokens=paces[1]
-        )
+            least[name], tokens[name] = work, batch * new / seconds
+        return dataclasses.replace(one, least=least, tokens=tokens)
 
     def compile(self, one: Candidate, batch: int, context: int, devices, say) -> Candidate:
         """The same mesh with the compiler's account of it."""
-        if one.memory.weights + one.memory.cache > one.memory.available:
+        known = one.memory.weights + one.memory.cache
+        if known > one.memory.available:
             return one  # no compiler is needed to see it
         steps = programs.Steps(self.config, one.mesh, devices, self.packed)
         found: dict[str, Program] = {}
         try:
-            for name in ("decode", "prefill"):
+            for name in self.steps:
                 say(f"{_text(one.mesh)}: compiling {name}")
-                found[name] = getattr(steps, name)(batch, context)
+                if self.training is None:
+                    found[name] = getattr(steps, name)(batch, context)
+                else:
+                    found[name] = steps.train(self.training, batch, context)
         except DoesNotFit as error:
             needed = error.needed or math.inf
             return dataclasses.replace(one, programs=found, needed=needed)
-        decode = found["decode"]
         memory = dataclasses.replace(
             one.memory,
-            rest=decode.arguments - one.memory.weights - one.memory.cache,
+            rest=found[self.steps[0]].arguments - known,
             temporaries=max(p.temporaries + p.results for p in found.values()),
             code=sum(p.code for p in found.values()),
         )
@@ -300,7 +328,7 @@ class _Judge:
 
     def fewest(self, batch: int, context: int) -> int | None:
         for power in range(12):
-            meshes = meshes_for(self.config, 1 << power)
+            meshes = self.meshes(1 << power)
             if any(one.fits for one in (self.estimate(m, batch, context) for m in meshes)):
                 return 1 << power
         return None

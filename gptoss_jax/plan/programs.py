@@ -6,10 +6,12 @@ which needs the hardware. What comes back is the compiler's own account of memor
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gptoss_jax import sharding, steps
+from gptoss_jax import libtpu, sharding, steps
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import CHUNKS, DECODE
@@ -29,17 +31,6 @@ from gptoss_jax.plan.bounds import leaves
 from gptoss_jax.plan.hardware import Topology
 from gptoss_jax.plan.hlo import collectives
 from gptoss_jax.sampling import Sampling, to_arrays
-
-# Without these libtpu asks the cloud's metadata server, and complains that there is none.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +58,23 @@ class Program:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training step to plan; made by whoever knows training.
+
+    Attributes:
+      parameters: That are trained.
+      state: mesh (None for one device), sharding of what is everywhere -> the state as
+        jax.ShapeDtypeStruct with shardings.
+      step: mesh -> function of (state, parameters, batch of "tokens", "segments", "weights" [1, B,
+        T]), the state donated.
+    """
+
+    parameters: int
+    state: Callable[[Any, Any], Any]
+    step: Callable[[Any], Callable[..., Any]]
+
+
 class DoesNotFit(Exception):
     """The compiler ran out of the device's memory.
 
@@ -86,14 +94,14 @@ def devices(topology: Topology) -> list[Any]:
       ModuleNotFoundError: The compiler is not installed.
       GptOssError: The compiler knows no such slice.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    libtpu.hush()
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if topology.device.platform == "tpu":
-        import libtpu  # noqa: F401  # the compiler
+        importlib.import_module("libtpu")  # the compiler
 
         platform, options = "tpu", {"topology_name": topology.name}
     else:
-        from jax_plugins import xla_cuda13  # noqa: F401  # the compiler
+        importlib.import_module("jax_plugins.xla_cuda13")  # the compiler
 
         platform = "cuda"
         options = {"target_config": _target(topology), "topology": f"1x1x{topology.count}"}
@@ -153,7 +161,7 @@ class Steps:
             return SingleDeviceSharding(self.device)
         return NamedSharding(self.mesh, spec)
 
-    def _array(self, shape, dtype, axes: str | None = None) -> jax.ShapeDtypeStruct:
+    def _array(self, shape, dtype, axes: str | None = None) -> Any:
         spec = PartitionSpec()
         if axes is not None and self.mesh is not None:
             spec = sharding.activation_spec(axes, shape, self.mesh)
@@ -211,6 +219,22 @@ class Steps:
             self._array((batch, self.config.hidden_size), jnp.bfloat16, "BD"),
         )
         return self._compile(lambda: steps.prefill.trace(*parts, config=self.config))
+
+    def train(self, training: Training, batch: int, length: int) -> Program:
+        """One update of one micro-batch."""
+        state = training.state(self.mesh, self._where(PartitionSpec()))
+        rows = {"tokens": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+        by_row = PartitionSpec(None)
+        if self.mesh is not None:
+            by_row = PartitionSpec(
+                None, *sharding.activation_spec("BT", (batch, length), self.mesh)
+            )
+        micro = {
+            name: jax.ShapeDtypeStruct((1, batch, length), dtype, sharding=self._where(by_row))
+            for name, dtype in rows.items()
+        }
+        step = jax.jit(training.step(self.mesh), donate_argnums=0)
+        return self._compile(lambda: step.trace(state, self.params, micro))
 
     def _compile(self, trace) -> Program:
         tpu = self.device.platform == "tpu"
