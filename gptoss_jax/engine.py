@@ -7,19 +7,21 @@ Works on token ids and plain text; what roles, channels and tools are is the con
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from gptoss_jax import cache as kv
-from gptoss_jax import sharding, steps
+from gptoss_jax import lora, sharding, steps
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.lora import Stack
 from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling, to_arrays
 from gptoss_jax.stops import StopStrings
@@ -33,6 +35,7 @@ MIN_CAPACITY = 512
 SMALL_BYTES = 1 << 30  # below it a CPU computes in float32: faster there, and exact to the tests
 
 Prompt = str | Sequence[int]
+Names = str | Sequence[str | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Model:
       max_context: Longest sequence, in tokens.
       name: Where it was loaded from.
       mesh: The devices it is spread over, None for one device.
+      adapters: Those that requests may name; None without any.
     """
 
     config: GptOssConfig
@@ -93,19 +97,22 @@ class Model:
     max_context: int
     name: str = TINY
     mesh: Any = None
+    adapters: Stack | None = None
 
-    def logits(self, tokens) -> jax.Array | list[jax.Array]:
+    def logits(self, tokens, adapter: Names = None) -> jax.Array | list[jax.Array]:
         """Logits of whole sequences.
 
         Args:
           tokens: int array [B, T], or lists of ids of any lengths.
+          adapter: Name of one of `adapters` for all sequences, or one (or None) for each.
 
         Returns:
           float32 [B, T, V], or for lists of ids a list of [T_i, V]; in several processes whole on
           every device.
 
         Raises:
-          GptOssError: An id is out of range, a sequence is empty or longer than the context.
+          GptOssError: An id is out of range, a sequence is empty or longer than the context, or no
+            adapter has this name.
         """
         rows = [np.asarray(row) for row in tokens]
         for row in rows:
@@ -113,7 +120,8 @@ class Model:
         length = max(len(row) for row in rows)
         width = next((n for n in CHUNKS if n >= length), -(-length // CHUNKS[-1]) * CHUNKS[-1])
         ids, mask = (self._array(x, "BT") for x in _pad(rows, width))
-        out = self._on_mesh(steps.score, self.params, ids, mask, config=self.config)
+        added = self._added(self._numbers(adapter, len(rows)), len(rows))
+        out = self._on_mesh(steps.score, self.params, ids, mask, added, config=self.config)
         if jax.process_count() > 1:  # a process can read only what it has
             out = self._on_mesh(jax.jit(sharding.replicate), out)
         if hasattr(tokens, "ndim"):
@@ -127,6 +135,7 @@ class Model:
         max_new_tokens: int | Sequence[int | None] | None = 64,
         stop: Sequence[str] = (),
         progress: Callable[[int], None] | None = None,
+        adapter: Names = None,
     ) -> Any:
         """Continues prompts.
 
@@ -138,6 +147,8 @@ class Model:
             rest of the context.
           stop: Strings that end a completion; they are not part of it.
           progress: Called with the number of new tokens, as they come.
+          adapter: Name of one of `adapters` for all prompts, or one (or None) for each; another
+            choice does not recompile.
 
         Returns:
           A Completion for one prompt, a list for several; with sampling.n > 1 a list of n in place
@@ -145,12 +156,12 @@ class Model:
 
         Raises:
           GptOssError: A prompt is empty, holds an id out of range, or does not fit into the context
-            with max_new_tokens.
+            with max_new_tokens, or no adapter has this name.
         """
         rows, single = _as_rows(prompts)
         each = _as_settings(sampling, len(rows))
         parts: list[list[Piece]] = [[] for s in each for _ in range(s.n)]
-        for index, piece in self._run(rows, each, max_new_tokens, stop, DECODE):
+        for index, piece in self._run(rows, each, max_new_tokens, stop, DECODE, adapter):
             parts[index].append(piece)
             if progress:
                 progress(len(piece.tokens))
@@ -164,6 +175,7 @@ class Model:
         sampling: Sampling | None = None,
         max_new_tokens: int | None = 64,
         stop: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> Iterator[Piece]:
         """Continues one prompt, piece by piece; arguments and errors as `generate`.
 
@@ -176,7 +188,8 @@ class Model:
             raise GptOssError(
                 f"n is {each[0].n}: a stream has one completion, use generate for more"
             )
-        return (piece for _, piece in self._run(rows, each, max_new_tokens, stop, STREAM))
+        pieces = self._run(rows, each, max_new_tokens, stop, STREAM, adapter)
+        return (piece for _, piece in pieces)
 
     def _check_ids(self, row: np.ndarray, new: int) -> None:
         if row.size == 0:
@@ -198,8 +211,9 @@ class Model:
                 "shorten the prompt or ask for fewer"
             )
 
-    def _run(self, rows, each, max_new_tokens, stop, chunk) -> Iterator[tuple[int, Piece]]:
+    def _run(self, rows, each, max_new_tokens, stop, chunk, adapter) -> Iterator[tuple[int, Piece]]:
         """Pieces of all completions as they come, with the index of the completion."""
+        numbers = self._numbers(adapter, len(rows))
         each_most = _as_limits(max_new_tokens, len(rows))
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(s, str) and s for s in stops):
@@ -213,19 +227,21 @@ class Model:
             self.max_context - len(row) if most is None else most
             for row, most in zip(ids, each_most, strict=True)
         ]
-        return self._decode(ids, each, limits, stops, chunk)
+        return self._decode(ids, each, limits, stops, chunk, numbers)
 
-    def _decode(self, ids, each, limits, stops, chunk):
+    def _decode(self, ids, each, limits, stops, chunk, numbers):
         copies = each[0].n if len({s.n for s in each}) == 1 else 1
         if copies == 1:
             ids = [row for row, s in zip(ids, each, strict=True) for _ in range(s.n)]
+            numbers = np.repeat(numbers, [s.n for s in each])
         settings = [s for s in each for _ in range(s.n)]
         choices = [i for s in each for i in range(s.n)]
         lengths = [len(row) for row in ids for _ in range(copies)]
         limits = [most for most, s in zip(limits, each, strict=True) for _ in range(s.n)]
         rows = len(settings)
-        state = self._prefill(ids, copies, max(lengths) + min(max(limits), 256))
+        state = self._prefill(ids, copies, max(lengths) + min(max(limits), 256), numbers)
         batch = state.done_B.shape[0]
+        added = self._added(np.repeat(numbers, copies), batch)
         pad = batch - rows
         arrays = to_arrays(
             settings + [Sampling(temperature=0)] * pad, choices + [0] * pad, self.config.vocab_size
@@ -256,6 +272,7 @@ class Model:
                 arrays,
                 stop_ids,
                 jnp.int32(size),
+                added,
                 config=self.config,
                 size=DECODE,
                 top=top,
@@ -269,6 +286,31 @@ class Model:
             if any(done):
                 stopped_B = self._array(out.stopped_B | np.array(done), "B")
                 state = dataclasses.replace(state, done_B=stopped_B)
+
+    def _numbers(self, adapter: Names, count: int) -> np.ndarray:
+        """Numbers in the stack of the adapters that `count` rows name, 0 for none."""
+        names = [adapter] * count if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != count:
+            raise GptOssError(
+                f"{len(names)} adapters for {count} prompts: give one, or one for each"
+            )
+        known = () if self.adapters is None else self.adapters.names
+        for name in names:
+            if name is not None and name not in known:
+                loaded = f"loaded are {', '.join(known)}" if known else "none is loaded"
+                raise GptOssError(
+                    f"no adapter {name!r}: {loaded}; load with adapters={{{str(name)!r}: folder}}"
+                )
+        return np.array([0 if name is None else 1 + known.index(name) for name in names], np.int32)
+
+    def _added(self, numbers: np.ndarray, batch: int) -> Params | None:
+        """Additions for a batch whose first rows use these adapters, the rest none; None without
+        adapters.
+        """
+        if self.adapters is None:
+            return None
+        numbers = np.pad(numbers, (0, batch - len(numbers)))
+        return self.adapters.added(numbers, lambda gain_BR: self._array(gain_BR, "BR"))
 
     def _array(self, x: np.ndarray, letters: str) -> jax.Array:
         """An array of the host on the model's devices."""
@@ -290,7 +332,9 @@ class Model:
             table[i, : len(row)] = row
         return jnp.asarray(table)
 
-    def _prefill(self, ids: Sequence[np.ndarray], copies: int, total: int) -> steps.State:
+    def _prefill(
+        self, ids: Sequence[np.ndarray], copies: int, total: int, numbers: np.ndarray
+    ) -> steps.State:
         """State of the prompts, padded to a power of two of rows when rows are not copied."""
         batch = len(ids) if copies > 1 else 1 << (len(ids) - 1).bit_length()
         if self.mesh is not None and len(ids) > 1:  # every copy of the model gets as many rows
@@ -304,20 +348,22 @@ class Model:
         seen = np.zeros((batch, self.config.vocab_size), np.int8)
         for i, row in enumerate(rows):
             seen[i, row] = 1
+        added = self._added(numbers, batch)
         longest, at = max(len(row) for row in rows), 0
         while at < longest:
             width = next((n for n in CHUNKS if n >= longest - at), CHUNKS[-1])
             padded = _pad([row[at : at + width] for row in rows], width)
             part, mask = (self._array(x, "BT") for x in padded)
             cache, last_BD = self._on_mesh(
-                steps.prefill, self.params, part, mask, cache, last_BD, config=self.config
+                steps.prefill, self.params, part, mask, cache, last_BD, added, config=self.config
             )
             at += width
         done = np.array([len(row) == 0 for row in rows])
         parts = cache, last_BD, self._array(seen, "BV"), self._array(done, "B")
         if copies > 1:
             parts = self._on_mesh(steps.repeat, parts, copies)
-        return self._on_mesh(steps.start, self.params, *parts)
+            added = self._added(np.repeat(numbers, copies), batch * copies)
+        return self._on_mesh(steps.start, self.params, *parts, added)
 
 
 class _Reader:
@@ -474,6 +520,7 @@ def load(
     max_context: int | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Model:
     """Loads a model.
@@ -490,14 +537,17 @@ def load(
       max_context: Longest sequence, in tokens; by default the model's.
       revision: Branch, tag or commit on the Hub.
       offline: Use only what the Hub's cache already holds.
+      adapters: Name -> folder of an adapter: what `gptoss finetune` or `adapters.save` wrote, or
+        peft's; requests choose by name.
       progress: Called with each parameter's name and bytes when it is there.
 
     Returns:
       The model.
 
     Raises:
-      GptOssError: The source cannot be found or does not hold a gpt-oss model, or the mesh does not
-        fit it or the devices; the message says what to do.
+      GptOssError: The source cannot be found or does not hold a gpt-oss model, the mesh does not
+        fit it or the devices, or an adapter is damaged or of another base; the message says what
+        to do.
     """
     from gptoss_jax import checkpoint, hub  # the file formats are loaded only when they are needed
 
@@ -524,7 +574,36 @@ def load(
         )
     tokenizer = load_tokenizer(folder)
     context = max_context or config.max_context
-    return Model(config, params, tokenizer, context, str(source), spread)
+    model = Model(config, params, tokenizer, context, str(source), spread)
+    return with_adapters(model, adapters) if adapters else model
+
+
+def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) -> Model:
+    """The same model with these adapters, in the place of those it had; the base is not copied.
+
+    Args:
+      model: What `load` gave.
+      adapters: Name -> folder, as in `load`.
+
+    Raises:
+      GptOssError: As `load`.
+    """
+    from gptoss_jax import adapters as files
+
+    base = model._on_mesh(files.fingerprint, model.config, model.params)
+    loaded = {}
+    for name, folder in adapters.items():
+        adapter = files.load(folder, model.config, fingerprint=base)
+        loaded[name] = adapter.tree, adapter.lora
+
+    def put(path, letters, array):
+        if model.mesh is None:
+            return jnp.asarray(array)
+        where = NamedSharding(model.mesh, sharding.parameter_spec(path, letters))
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    stack = lora.stack(loaded, model.params["embedding"].dtype, put)
+    return dataclasses.replace(model, adapters=stack)
 
 
 def use_compilation_cache() -> None:

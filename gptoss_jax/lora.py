@@ -11,17 +11,18 @@ Source: Hu et al., LoRA, 2021, section 4.1; Kalajdzievski, rsLoRA, 2023, for alp
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax import dims, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.model import Params, letters
-from gptoss_jax.ops import LowRank
+from gptoss_jax.ops import LowRank, Rounded
 
 # Weight -> axes of a and b. a contracts the weight's inputs; b gives its outputs.
 AXES = {
@@ -33,6 +34,17 @@ AXES = {
     "down": ("ERF", "EDR"),
     "embedding": ("RV", "DR"),
     "unembedding": ("RD", "VR"),
+}
+# Weight -> einsum of b and a that makes what is added to it, in the weight's own order of axes.
+PRODUCTS = {
+    "q": "NHR,RD->NHD",
+    "k": "KHR,RD->KHD",
+    "v": "KHR,RD->KHD",
+    "o": "DR,RNH->DNH",
+    "gate_up": "EFPR,ERD->EFPD",
+    "down": "EDR,ERF->EDF",
+    "embedding": "DR,RV->VD",
+    "unembedding": "VR,RD->VD",
 }
 EXPERTS = ("gate_up", "down")
 GROUPS = {"attention": ("q", "k", "v", "o"), "experts": EXPERTS, "all": (*AXES,)}
@@ -50,6 +62,8 @@ class LoraConfig:
       expert_rank: Of the experts; None for `rank`. The experts' alpha is `alpha` in proportion, so
         that their scale is the same.
       rslora: Scale by alpha / sqrt(rank) instead.
+      quantization_aware: Compute experts with the MXFP4 rounding of base plus addition, the
+        gradient as if nothing were rounded, so that a merged MXFP4 checkpoint computes the same.
     """
 
     rank: int = 8
@@ -58,6 +72,7 @@ class LoraConfig:
     layers: tuple[int, ...] | None = None
     expert_rank: int | None = None
     rslora: bool = False
+    quantization_aware: bool = False
 
     def __post_init__(self):
         for name, value in (("rank", self.rank), ("expert_rank", self.expert_rank or self.rank)):
@@ -177,17 +192,100 @@ def shardings(config: GptOssConfig, lora: LoraConfig, mesh: Any) -> Params:
 def additions(adapter: Params, lora: LoraConfig) -> Params:
     """What `model.apply(added=)` takes: the adapter for all rows."""
 
-    def one(pair):
+    def one(name, pair):
         rank = pair["b"].shape[-1]
+        if lora.quantization_aware and name in EXPERTS:
+            return Rounded(pair["a"], pair["b"] * lora.scale, jnp.ones((1, rank), jnp.float32))
         return LowRank(pair["a"], pair["b"], jnp.full((1, rank), lora.scale, jnp.float32))
 
-    return _each_pair(one, adapter)
+    return each_pair(one, adapter)
 
 
-def _each_pair(one, tree: Params) -> Params:
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Several adapters side by side along the rank, to be chosen row by row.
+
+    Attributes:
+      names: Of the adapters, in order; number 0 is none of them.
+      pairs: {"a", "b"} at every weight that one of them adds to.
+      gains: Tables float32 [1 + adapters, R] at the same weights: what a row of adapter i
+        multiplies each rank with, zero for those of others.
+    """
+
+    names: tuple[str, ...]
+    pairs: Params
+    gains: Params
+
+    def added(self, numbers: np.ndarray, put) -> Params:
+        """What `model.apply(added=)` takes for rows that use the adapters of these numbers.
+
+        Args:
+          numbers: int [B], 0 for none.
+          put: Makes a device's array of numpy's float32 [B, R].
+        """
+        known: dict[bytes, jax.Array] = {}  # most weights have the same table
+
+        def gain(table):
+            key = table.tobytes()
+            if key not in known:
+                known[key] = put(table[numbers])
+            return known[key]
+
+        def walk(pairs, gains) -> Any:
+            if set(pairs) == {"a", "b"}:
+                return LowRank(pairs["a"], pairs["b"], gain(gains))
+            return {key: walk(child, gains[key]) for key, child in pairs.items()}
+
+        return walk(self.pairs, self.gains)
+
+
+def stack(adapters: Mapping[str, tuple[Params, LoraConfig]], dtype: Any, put) -> Stack:
+    """Adapters side by side.
+
+    Args:
+      adapters: Name -> tree of arrays and its config; trees may have different weights and ranks.
+        What a quantization-aware one was trained with is not rounded here.
+      dtype: Of the arrays: what the model computes in.
+      put: Called with path, letters and a numpy array; puts it on the devices.
+    """
+    found: dict[tuple, dict[int, Any]] = {}
+    for number, (tree, _) in enumerate(adapters.values()):
+        for path, pair in pairs_of(tree):
+            found.setdefault(path, {})[number] = pair
+    configs = [config for _, config in adapters.values()]
+    pairs: Params = {}
+    gains: Params = {}
+    for path, parts in found.items():
+        joined = {}
+        for part, letters_ in zip("ab", AXES[path[-1]], strict=True):
+            arrays = [np.asarray(pair[part]) for pair in parts.values()]
+            whole = np.concatenate(arrays, axis=letters_.index("R"))
+            joined[part] = put((*path, part), letters_, whole.astype(dtype))
+        _set(pairs, path, joined)
+        table = np.zeros((1 + len(configs), joined["b"].shape[-1]), np.float32)
+        start = 0
+        for number, pair in parts.items():
+            end = start + pair["b"].shape[-1]
+            table[1 + number, start:end] = configs[number].scale
+            start = end
+        _set(gains, path, table)
+    return Stack(tuple(adapters), pairs, gains)
+
+
+def pairs_of(tree: Params, path: tuple = ()) -> Iterator[tuple[tuple, Params]]:
+    """Path of a weight and its {"a", "b"}, for all of an adapter."""
     if set(tree) == {"a", "b"}:
-        return one(tree)
-    return {key: _each_pair(one, child) for key, child in tree.items()}
+        yield path, tree
+        return
+    for key, child in tree.items():
+        yield from pairs_of(child, (*path, key))
+
+
+def each_pair(one, tree: Params, name: Any = None) -> Params:
+    """A tree with one(weight's name, pair) in the place of every {"a", "b"}."""
+    if set(tree) == {"a", "b"}:
+        return one(name, tree)
+    return {key: each_pair(one, child, key) for key, child in tree.items()}
 
 
 def _set(tree: Params, path: Sequence[Any], value: Any) -> None:

@@ -174,8 +174,10 @@ class Mlp(_Declared):
         config, T = self.config, x_BTD.shape[1]
         # a row of the batch is T rows here
         added = {
-            name: ops.LowRank(a, b, gain if len(gain) == 1 else jnp.repeat(gain, T, axis=0))
-            for name, (a, b, gain) in added.items()
+            name: pair
+            if len(pair.gain_BR) == 1
+            else pair._replace(gain_BR=jnp.repeat(pair.gain_BR, T, axis=0))
+            for name, pair in added.items()
         }
         norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(
             -1, config.hidden_size

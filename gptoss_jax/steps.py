@@ -82,6 +82,7 @@ def prefill(
     mask_BT: Bool[Array, "B T"],
     cache: KVCache,
     last_BD: Float[Array, "B D"],
+    added: Params | None = None,
     *,
     config: GptOssConfig,
 ) -> tuple[KVCache, Float[Array, "B D"]]:
@@ -93,11 +94,12 @@ def prefill(
       mask_BT: False for padding; a row may be padding altogether.
       cache: Of the chunks before; donated.
       last_BD: Hidden state of each row's last token so far; donated.
+      added: Low-rank additions as `model.apply` takes them, here and below.
 
     Returns:
       The cache and the hidden state of each row's last token.
     """
-    x_BTD, after, _ = hidden(params, tokens_BT, cache, config=config, mask=mask_BT)
+    x_BTD, after, _ = hidden(params, tokens_BT, cache, config=config, mask=mask_BT, added=added)
     assert after is not None
     steps = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     index_B = jnp.where(mask_BT, steps, -1).max(1)
@@ -106,9 +108,9 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def start(params: Params, cache: KVCache, last_BD, seen_BV, done_B) -> State:
+def start(params: Params, cache: KVCache, last_BD, seen_BV, done_B, added=None) -> State:
     """State after prefill; the cache is donated."""
-    logits_BV = unembed(params, last_BD)
+    logits_BV = unembed(params, last_BD, added)
     return settle(State(cache, logits_BV, seen_BV, jnp.zeros(logits_BV.shape, jnp.int32), done_B))
 
 
@@ -124,7 +126,15 @@ def repeat(rows, copies: int):
     return kv.constrain(cache), last_BD, constrain(seen_BV, "BV"), done_B
 
 
-def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, config: GptOssConfig):
+def step(
+    params: Params,
+    state: State,
+    settings: SamplingArrays,
+    stops_BJ,
+    added=None,
+    *,
+    config: GptOssConfig,
+):
     """One decode step: choose a token from the logits, and read it.
 
     Returns:
@@ -138,10 +148,15 @@ def step(params: Params, state: State, settings: SamplingArrays, stops_BJ, *, co
     out_B = jnp.where(state.done_B, -1, tokens_B)
     done_B = state.done_B | (tokens_B[:, None] == stops_BJ).any(1)
     x_B1D, cache, _ = hidden(
-        params, tokens_B[:, None], state.cache, config=config, mask=~state.done_B[:, None]
+        params,
+        tokens_B[:, None],
+        state.cache,
+        config=config,
+        mask=~state.done_B[:, None],
+        added=added,
     )
     assert cache is not None
-    logits_BV = unembed(params, x_B1D[:, 0])
+    logits_BV = unembed(params, x_B1D[:, 0], added)
     return settle(State(cache, logits_BV, state.seen_BV, counts_BV, done_B)), out_B
 
 
@@ -152,6 +167,7 @@ def decode(
     settings: SamplingArrays,
     stops_BJ: Int[Array, "B J"],
     limit: Int[Array, ""],
+    added: Params | None = None,
     *,
     config: GptOssConfig,
     size: int,
@@ -166,6 +182,7 @@ def decode(
       settings: Sampling settings of each row.
       stops_BJ: Ids that end a row, -1 for none.
       limit: Steps to make, at most `size`; a change does not recompile.
+      added: As in `prefill`; other adapters of the same stack do not recompile.
       size: Columns of the output, static.
       top: None for no log probabilities, else how many of the likeliest to report, static.
 
@@ -190,7 +207,7 @@ def decode(
     def body(carry):
         state, out = carry
         logits_BV, i = state.logits_BV, out.steps
-        state, tokens_B = step(params, state, settings, stops_BJ, config=config)
+        state, tokens_B = step(params, state, settings, stops_BJ, added, config=config)
         tokens = jax.lax.dynamic_update_slice_in_dim(out.tokens_Bn, tokens_B[:, None], i, axis=1)
         if top is None:
             return state, dataclasses.replace(
@@ -215,9 +232,10 @@ def score(
     params: Params,
     tokens_BT: Int[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
+    added: Params | None = None,
     *,
     config: GptOssConfig,
 ):
     """Float32 logits [B, T, V] of whole sequences, without a cache."""
-    x_BTD, _, _ = hidden(params, tokens_BT, config=config, mask=mask_BT)
-    return unembed(params, x_BTD)
+    x_BTD, _, _ = hidden(params, tokens_BT, config=config, mask=mask_BT, added=added)
+    return unembed(params, x_BTD, added)

@@ -152,8 +152,8 @@ def test_a_grown_cache_gives_the_same_tokens(model, monkeypatch):
 
 
 def _small_prefill(prefill):
-    return lambda self, ids, copies, total: prefill(
-        self, ids, copies, max(len(row) for row in ids) + 1
+    return lambda self, ids, copies, total, numbers: prefill(
+        self, ids, copies, max(len(row) for row in ids) + 1, numbers
     )
 
 

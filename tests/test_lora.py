@@ -194,13 +194,13 @@ def test_rows_with_other_gains_use_other_parts_of_the_rank(tokens):
         letters = dict(zip("ab", lora.AXES[path[-2].key], strict=True))[path[-1].key]
         return letters.index("R")
 
-    def gains(pair):
+    def gains(_, pair):
         half = pair["b"].shape[-1] // 2
         table = np.zeros((2, 2 * half), np.float32)
         table[0, :half] = table[1, half:] = config.scale
         return lora.LowRank(pair["a"], pair["b"], jnp.asarray(table))
 
-    stacked = lora._each_pair(gains, both(first, second))
+    stacked = lora.each_pair(gains, both(first, second))
     ours, _ = model.forward(params, tokens, config=CONFIG, added=stacked)
     for row, adapter in enumerate((first, second)):
         want, _ = model.forward(

@@ -65,7 +65,8 @@ class Chat:
       class. date: "YYYY-MM-DD"; today, fixed when the chat begins, if None. instructions: The
       developer's instructions. sampling: gptoss_jax.Sampling; the model's default if None.
       max_new_tokens: Limit of one generation; None for the rest of the context. max_tool_rounds:
-      How often a reply may come back to the model after tool calls.
+      How often a reply may come back to the model after tool calls. adapter: Name of one of the
+      model's adapters; may be changed between messages.
 
     `history` is the list of messages so far (developer messages in it are allowed). Raises
     GptOssError for an unknown effort, a malformed date, tool or response format.
@@ -83,8 +84,10 @@ class Chat:
         max_new_tokens: int | None = None,
         max_tool_rounds: int = 16,
         identity: str = IDENTITY,
+        adapter: str | None = None,
     ):
         self.model = model
+        self.adapter = adapter
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.max_tool_rounds = max_tool_rounds
@@ -252,7 +255,10 @@ class Chat:
         prompt = self.prompt()
         count.prompt += len(prompt)
         sampling = with_stops(self.sampling, self.model.tokenizer)
-        stream = self.model.stream(prompt, sampling=sampling, max_new_tokens=self.max_new_tokens)
+        own: Any = {} if self.adapter is None else {"adapter": self.adapter}
+        stream = self.model.stream(
+            prompt, sampling=sampling, max_new_tokens=self.max_new_tokens, **own
+        )
         for piece in stream:
             stop = getattr(piece, "stop", None)
             tokens = [*piece.tokens, *([stop] if isinstance(stop, int) else [])]

@@ -171,6 +171,13 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return found
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a file's header; `read_header` has found it sound."""
+    with open(file, "rb") as stream:
+        raw = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return raw.get("__metadata__") or {}
+
+
 def _tensor(file: Path, name: str, entry: dict, data: int) -> Tensor:
     shape = tuple(int(size) for size in entry["shape"])
     begin, end = (int(offset) for offset in entry["data_offsets"])
@@ -192,6 +199,7 @@ def write(
     file: Path,
     entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
     pieces: Iterator[np.ndarray],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes a file piece by piece.
 
@@ -199,11 +207,12 @@ def write(
       file: Where; replaced if it exists.
       entries: Name, type and shape of each tensor, in the order of their bytes.
       pieces: Contiguous arrays whose bytes, one after another, are those of all tensors in order.
+      metadata: Further entries of the header's metadata.
 
     Raises:
       OSError: The disk is full, or the like.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in entries:
         nbytes = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))

@@ -13,11 +13,13 @@ Precision (x is the activations' dtype, bfloat16 or float32; every product accum
     route       x, weight x    float32  float32  selection and softmax on float32 logits
     expert_mlp  x, MXFP4 or x  float32  x        biases, SwiGLU in float32; hidden cast to x between
     LowRank     x, a and b x   float32  float32  peft: added before the cast of what it adds to
+    Rounded     MXFP4 or x     float32  x        merging: W + b a in float32, rounded, then cast
     unembed     x, weight x    float32  float32  triton reference: float32 logits
 """
 
 from gptoss_jax.ops.attention import attention as attention
 from gptoss_jax.ops.linear import LowRank as LowRank
+from gptoss_jax.ops.linear import Rounded as Rounded
 from gptoss_jax.ops.linear import linear as linear
 from gptoss_jax.ops.moe import expert_mlp as expert_mlp
 from gptoss_jax.ops.moe import route as route

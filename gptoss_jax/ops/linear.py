@@ -23,6 +23,20 @@ class LowRank(NamedTuple):
     gain_BR: jax.Array
 
 
+class Rounded(NamedTuple):
+    """A low-rank addition to experts' weights that are then rounded to MXFP4: W' = round(W + b a),
+    the gradient as if nothing were rounded. What a merged MXFP4 checkpoint computes.
+
+    Attributes:
+      a, b: As LowRank, b with the scale in it.
+      gain_BR: Not used; rows cannot differ.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    gain_BR: jax.Array
+
+
 def linear(
     subscripts: str,
     x: Float[Array, "..."],

@@ -6,6 +6,7 @@ its loop needs. On a mesh (the context's) experts stay where they are, packed, a
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.mxfp4 import MxTensor
-from gptoss_jax.ops.linear import LowRank
+from gptoss_jax.mxfp4 import MxTensor, nearest
+from gptoss_jax.ops.linear import LowRank, Rounded
 
 UNPACKED_LIMIT = (
     1 << 24
@@ -24,6 +25,7 @@ UNPACKED_LIMIT = (
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 
 Weight = MxTensor | jax.Array
+Addition = LowRank | Rounded
 
 
 def route(
@@ -86,7 +88,7 @@ def expert_mlp(
     alpha: float,
     limit: float,
     rows: tuple[str, ...] = (),
-    low_rank: dict[str, LowRank] | None = None,
+    low_rank: dict[str, Addition] | None = None,
 ) -> Float[Array, "M D"]:
     """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen
     experts only.
@@ -106,14 +108,17 @@ def expert_mlp(
       limit: SwiGLU's clamp.
       rows: Mesh axes over which M is spread (`sharding.batch_axes`); () without a mesh.
       low_rank: Additions to the weights, "gate_up" (a [E, R, D], b [E, F, P, R]) and "down" (a [E,
-        R, F], b [E, D, R]), either or both; gains [M, R] or [1, R].
+        R, F], b [E, D, R]), either or both; gains [M, R] or [1, R]. With `Rounded` a block of rows
+        makes the merged weight of its expert, rounded to MXFP4.
 
     Returns:
       [M, D] in x's dtype.
     """
     low_rank = {
-        name: LowRank(a, b, jnp.broadcast_to(gain, (x_MD.shape[0], gain.shape[1])))
-        for name, (a, b, gain) in (low_rank or {}).items()
+        name: pair._replace(
+            gain_BR=jnp.broadcast_to(pair.gain_BR, (x_MD.shape[0], pair.gain_BR.shape[1]))
+        )
+        for name, pair in (low_rank or {}).items()
     }
     parts = x_MD, weights_MX, experts_MX, gate_up_EFPD, gate_up_bias_EFP, down_EDF, down_bias_ED
     if sharding.current() is not None:
@@ -156,10 +161,12 @@ def _spread_mlp(
     rest = tuple(axis for axis in spread if axis not in rows)
 
     @jax.named_scope("expert_mlp")
-    def local(x_MD, weights_MX, experts_MX, *held):
+    def local(x_MD, weights_MX, experts_MX, *held: Any):
         if "expert" in rows:
             x_MD, weights_MX, experts_MX = gather(x_MD), gather(weights_MX), gather(experts_MX)
-            low_rank = {name: LowRank(a, b, gather(g)) for name, (a, b, g) in held[-1].items()}
+            low_rank = {
+                name: pair._replace(gain_BR=gather(pair.gain_BR)) for name, pair in held[-1].items()
+            }
             held = (*held[:-1], low_rank)
         count = held[0].shape[0]
         experts_MX = experts_MX - count * (jax.lax.axis_index(spread) if spread else 0)
@@ -177,7 +184,7 @@ def _spread_mlp(
             out_MD = scatter(out_MD)
         return (jax.lax.psum(out_MD, rest) if rest else out_MD).astype(x_MD.dtype)
 
-    additions = {name: LowRank(by_expert, by_expert, by_row) for name in low_rank}
+    additions = {name: type(pair)(by_expert, by_expert, by_row) for name, pair in low_rank.items()}
     specs = (*(by_row,) * 3, *(by_expert,) * 4, additions)
     return jax.shard_map(local, in_specs=specs, out_specs=by_row)(
         x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias, low_rank
@@ -205,20 +212,20 @@ def _mlp(
 
     def one(x_bD, expert, added):
         """Rows of one expert: [b, D] -> float32 [b, D]."""
-        gate_up = _unpack(gate_up_EFPD[expert], x_bD.dtype)
+        gate_up = _weight(gate_up_EFPD[expert], added.get("gate_up"), "FPR,RD->FPD", x_bD.dtype)
         h = jnp.einsum("bD,FPD->bFP", x_bD, gate_up, preferred_element_type=jnp.float32)
         h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
-        if "gate_up" in added:
+        if isinstance(added.get("gate_up"), LowRank):
             h = h + _low_rank("bD,RD->bR", "bR,FPR->bFP", x_bD, *added["gate_up"])
         act = swiglu(h, alpha, limit).astype(x_bD.dtype)
         out = jnp.einsum(
             "bF,DF->bD",
             act,
-            _unpack(down_EDF[expert], x_bD.dtype),
+            _weight(down_EDF[expert], added.get("down"), "DR,RF->DF", x_bD.dtype),
             preferred_element_type=jnp.float32,
         )
         out = out + down_bias_ED[expert].astype(jnp.float32)[None]
-        if "down" in added:
+        if isinstance(added.get("down"), LowRank):
             out = out + _low_rank("bF,RF->bR", "bR,DR->bD", act, *added["down"])
         return out
 
@@ -282,7 +289,7 @@ def group(
     return slots, sources, jnp.minimum(block_experts, count - 1).astype(jnp.int32)
 
 
-def _added(low_rank, experts, gains) -> dict[str, LowRank]:
+def _added(low_rank, experts, gains) -> dict[str, Addition]:
     """Low-rank additions of every step: those of its expert. Gathered ahead, so that their
     gradients are scattered once and not added up whole at every step.
     """
@@ -291,7 +298,10 @@ def _added(low_rank, experts, gains) -> dict[str, LowRank]:
         # in float32, because that is how gradients of a rank's few rows add up
         return jnp.take(x, experts, axis=0, mode="clip")
 
-    return {name: LowRank(chosen(a), chosen(b), gains(g)) for name, (a, b, g) in low_rank.items()}
+    return {
+        name: type(pair)(chosen(pair.a), chosen(pair.b), gains(pair.gain_BR))
+        for name, pair in low_rank.items()
+    }
 
 
 def _low_rank(first, second, x, a, b, gain_bR):
@@ -323,6 +333,20 @@ def _for_each_present(one, rows, experts, added, count, spread):
         return jax.lax.cond(pair[1] < count, present, absent, pair)
 
     return jax.lax.map(step, (rows, experts, added))
+
+
+def _weight(weight: Weight, added: Addition | None, product: str, dtype) -> jax.Array:
+    """An expert's weight, unpacked; merged and rounded if what is added is `Rounded`."""
+    if not isinstance(added, Rounded):
+        return _unpack(weight, dtype)
+    whole: Any = nearest(merged(_unpack(weight, jnp.float32), added.a, added.b, product))
+    return whole.astype(dtype)
+
+
+def merged(weight: jax.Array, a: jax.Array, b: jax.Array, product: str) -> jax.Array:
+    """weight + b a in float32; `product` is the einsum of b and a."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return weight.astype(jnp.float32) + jnp.einsum(product, b, a)
 
 
 def _unpack(weight: Weight, dtype) -> jax.Array:
