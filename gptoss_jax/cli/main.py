@@ -17,6 +17,7 @@ VERBS = {
     "convert": ("gptoss_jax.cli.convert", "checkpoint to Orbax, or Orbax to Hugging Face's layout"),
     "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
+    "finetune": ("gptoss_jax.cli.finetune", "train an adapter, or the parameters, on your data"),
     "eval": ("gptoss_jax.cli.eval", "held-out accuracy of gpt-oss-tiny"),
 }
 
@@ -78,6 +79,8 @@ def _run(verb: str, argv: list[str]) -> int:
     module = importlib.import_module(VERBS[verb][0])
     import tyro
 
+    if hasattr(module, "expand"):  # options from a file
+        argv = module.expand(argv)
     arguments = tyro.cli(
         module.Arguments, prog=f"gptoss {verb}", description=module.__doc__, args=argv
     )
