@@ -5,28 +5,20 @@ vocabulary pruned) and the order of work; the formats are those of gptoss_jax.ch
 those of gptoss_jax.hf_names.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from gptoss_jax.convert import export
 from gptoss_jax.convert.experts import pack, unpack
+from gptoss_jax.convert.merge import Kept as Kept
+from gptoss_jax.convert.merge import merge as merge
 from gptoss_jax.convert.prune import prune
 
 from gptoss_jax import checkpoint, tokenizer
 from gptoss_jax.checkpoint import store
 from gptoss_jax.checkpoint.stored import new_folder
 from gptoss_jax.errors import GptOssError
-
-# What other programs need beside the tensors; meaningless once the vocabulary is pruned.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-LICENCES = ("LICENSE", "LICENSE.txt", "USAGE_POLICY")
 
 
 def convert(
@@ -97,10 +89,5 @@ def convert(
             store.write(folder, config, arrays, progress=progress, **names)
         else:
             export.write(folder, config, arrays, progress=progress)
-        companions = COMPANIONS if kept is None else ()
-        for name in (*companions, *LICENCES):
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, folder / name)
-        if kept is not None:
-            tokenizer.write_kept(folder / tokenizer.KEPT_FILE, kept)
+        export.copy_companions(opened.folder, folder, kept)
     return target

@@ -1,9 +1,11 @@
 """Experts packed and unpacked on the way from one checkpoint to another, an expert at a time."""
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax import mxfp4
+from gptoss_jax import hf_names, mxfp4
 from gptoss_jax.checkpoint.stored import Stored
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -52,12 +54,24 @@ def pack(arrays: list[Stored]) -> list[Stored]:
 
 
 def _packed(array: Stored) -> list[Stored]:
-    """Blocks and scales of one array; scales are remembered, since writers ask for blocks first."""
-    scales: dict[int, np.ndarray] = {}
-    units = array.shape[-1] // mxfp4.BLOCK
+    return packed_by(
+        array.path, array.shape, lambda row: mxfp4.pack(array.read(slice(row, row + 1)))
+    )
 
-    def packed(row: int) -> mxfp4.MxTensor:
-        return mxfp4.pack(array.read(slice(row, row + 1)))
+
+def packed_by(
+    path: hf_names.Path, shape: tuple[int, ...], packed: Callable[[int], mxfp4.MxTensor]
+) -> list[Stored]:
+    """Blocks and scales of an array, made an expert at a time.
+
+    Args:
+      path: Of the array.
+      shape: Of its values, experts first.
+      packed: Gives expert i, [1, ...]. Called once for each if blocks are read before scales, as
+        writers do: scales are remembered until they are asked for.
+    """
+    scales: dict[int, np.ndarray] = {}
+    units = shape[-1] // mxfp4.BLOCK
 
     def read_blocks(rows: slice) -> np.ndarray:
         found = []
@@ -73,8 +87,8 @@ def _packed(array: Stored) -> list[Stored]:
             [scales.pop(row) if row in scales else np.asarray(packed(row).scales) for row in found]
         )
 
-    lead, uint8 = array.shape[:-1], np.dtype(np.uint8)
+    lead, uint8 = shape[:-1], np.dtype(np.uint8)
     return [
-        Stored((*array.path, "blocks"), (*lead, units, mxfp4.BYTES), uint8, read_blocks),
-        Stored((*array.path, "scales"), (*lead, units), uint8, read_scales),
+        Stored((*path, "blocks"), (*lead, units, mxfp4.BYTES), uint8, read_blocks),
+        Stored((*path, "scales"), (*lead, units), uint8, read_scales),
     ]

@@ -1,18 +1,27 @@
 """Hugging Face's layout, written as a stream: shards of at most 5 GB, index and configs."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from gptoss_jax import hf_names
+from gptoss_jax import hf_names, tokenizer
 from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.checkpoint.source import INDEX, write_config
 from gptoss_jax.checkpoint.stored import Stored
 from gptoss_jax.config import GptOssConfig
 
 SHARD_BYTES = 5_000_000_000
+# What other programs need beside the tensors; meaningless once the vocabulary is pruned.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+LICENCES = ("LICENSE", "LICENSE.txt", "USAGE_POLICY")
 
 
 def write(
@@ -55,6 +64,21 @@ def write(
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     write_config(folder, config, quantized=packed)
+
+
+def copy_companions(source: Path, folder: Path, kept: list[int] | None) -> None:
+    """Copies the tokenizer's files and licences of a checkpoint.
+
+    Args:
+      source: Its folder.
+      folder: The new one.
+      kept: Ids that the vocabulary is pruned to; None for the whole one.
+    """
+    for name in (*(COMPANIONS if kept is None else ()), *LICENCES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if kept is not None:
+        tokenizer.write_kept(folder / tokenizer.KEPT_FILE, kept)
 
 
 def _pieces(leaves, by_path, progress) -> Iterator[np.ndarray]:

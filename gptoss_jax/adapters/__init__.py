@@ -139,7 +139,24 @@ def locate(folder: str | os.PathLike[str]) -> Path:
     )
 
 
-def _load(folder: Path, config: GptOssConfig) -> Adapter:
+def base_of(folder: str | os.PathLike[str]) -> tuple[str, GptOssConfig | None]:
+    """What an adapter says of its base, which need not be there: its source ("" for nothing), and a
+    config of its sizes, for `load` (None for peft's form, which has none).
+
+    Raises:
+      GptOssError: There is no adapter, or its description is damaged.
+    """
+    folder = locate(folder)
+    if (folder / peft.CONFIG).exists():
+        return peft.source_of(folder), None
+    content = _read(folder)
+    sizes = content["config"]
+    chosen = min(GptOssConfig.experts_per_token, sizes["num_experts"])
+    return content["base"]["source"], GptOssConfig(**sizes, experts_per_token=chosen)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """adapter.json, of a version that this program reads."""
     try:
         content = json.loads((folder / CONFIG).read_text("utf-8"))
     except ValueError as error:
@@ -151,6 +168,11 @@ def _load(folder: Path, config: GptOssConfig) -> Adapter:
             f"{folder / CONFIG}: version {content.get('version')!r}, this program reads {VERSION}: "
             "upgrade gptoss_jax"
         )
+    return content
+
+
+def _load(folder: Path, config: GptOssConfig) -> Adapter:
+    content = _read(folder)
     ours = size_up(config)
     for name, theirs in content["config"].items():
         if ours.get(name) != theirs:

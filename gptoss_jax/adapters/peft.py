@@ -12,6 +12,7 @@ Source: peft 0.21.2 tuners/lora/layer.py ParamWrapper; tuners_utils.py _inject_p
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,14 @@ _REFUSED = {
 }
 
 
-def export(folder: str | Path, adapter: Adapter, config: GptOssConfig, *, dtype=np.float32) -> Path:
+def export(
+    folder: str | Path,
+    adapter: Adapter,
+    config: GptOssConfig,
+    *,
+    dtype: Any = np.float32,
+    overwrite: bool = False,
+) -> Path:
     """Writes an adapter as peft does, for transformers, vLLM and others; one rank and one alpha for
     all: smaller ranks are padded with zeros, rsLoRA's scale becomes alpha / r.
 
@@ -59,6 +67,7 @@ def export(folder: str | Path, adapter: Adapter, config: GptOssConfig, *, dtype=
       adapter: The adapter.
       config: Its base's.
       dtype: Of the tensors.
+      overwrite: Replace an adapter that is there.
 
     Returns:
       The folder.
@@ -115,11 +124,14 @@ def export(folder: str | Path, adapter: Adapter, config: GptOssConfig, *, dtype=
     needed = sum(array.nbytes for array in tensors.values())
     known = {FINGERPRINT: adapter.fingerprint, SOURCE: adapter.source}
     known = {key: value for key, value in known.items() if value}
-    with new_folder(Path(folder).expanduser(), needed=needed) as partial:
+    folder = Path(folder).expanduser()
+    if overwrite and (folder / CONFIG).exists():
+        shutil.rmtree(folder)
+    with new_folder(folder, needed=needed) as partial:
         arrays = (array for _, array in sorted(tensors.items()))
         safetensors_file.write(partial / TENSORS, entries, arrays, known)
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-    return Path(folder)
+    return folder
 
 
 def modules(config: GptOssConfig) -> dict[tuple, str]:
@@ -187,8 +199,8 @@ def load(folder: Path, config: GptOssConfig) -> Adapter:
       config: The base's.
 
     Raises:
-      GptOssError: It is of another kind than LoRA, has keys that are no weight of gpt-oss, or shapes
-        of another model, or experts that peft 0.19.0 may have written transposed.
+      GptOssError: It is of another kind than LoRA, has keys that are no weight of gpt-oss or
+        shapes of another model, or experts that peft 0.19.0 may have written transposed.
     """
     raw = _read_config(folder)
     tensors = safetensors_file.read_header(folder / TENSORS)
@@ -230,8 +242,14 @@ def load(folder: Path, config: GptOssConfig) -> Adapter:
         rslora=power != 1 and rank == base_rank,
     )
     known = safetensors_file.read_metadata(folder / TENSORS)
-    source = known.get(SOURCE) or str(raw.get("base_model_name_or_path") or "")
-    return Adapter(tree, lora, source, known.get(FINGERPRINT, ""))
+    return Adapter(tree, lora, source_of(folder), known.get(FINGERPRINT, ""))
+
+
+def source_of(folder: Path) -> str:
+    """Where an adapter says that its base came from; "" if it says nothing."""
+    raw = _read_config(folder)
+    known = safetensors_file.read_metadata(folder / TENSORS)
+    return known.get(SOURCE) or str(raw.get("base_model_name_or_path") or "")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

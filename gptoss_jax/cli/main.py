@@ -18,6 +18,7 @@ VERBS = {
     "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
     "finetune": ("gptoss_jax.cli.finetune", "train an adapter, or the parameters, on your data"),
+    "export": ("gptoss_jax.cli.export", "an adapter for peft, or merged into its base for others"),
     "eval": ("gptoss_jax.cli.eval", "held-out accuracy of gpt-oss-tiny"),
 }
 
