@@ -37,6 +37,7 @@ _KEY = re.compile(
     r"(?:\.default)?(?:\.weight)?"
 )
 _UNSLOTH = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<name>gate_up|down)_projs\.(?P<e>\d+)")
+_COPY = re.compile(r"base_model\.model\.(?:lm_head|model\.embed_tokens)\.base_layer\.weight")
 # What changes the result and is not part of this adapter's arithmetic.
 _REFUSED = {
     "use_dora": "DoRA",
@@ -304,6 +305,8 @@ def _sorted(folder, tensors, raw, config) -> dict[tuple, tuple[str, Any]]:
                 )
             module = f"{inner}.{which}_proj"
             path = names[module]
+        elif _COPY.fullmatch(key) and tensor.shape == (config.vocab_size, config.hidden_size):
+            continue  # peft saves the base's own weight beside a LoRA of it
         elif match and bool(match["embedding"]) == (module == "model.embed_tokens"):
             path = names.get(module)
         if match is None or path is None:
