@@ -45,7 +45,7 @@ def loaded(model, monkeypatch):
     """The verb gets the model that is there already; how often is counted."""
     calls = []
 
-    def load_model(options, quiet=False):
+    def load_model(options, quiet=False, adapter=None):
         calls.append(options)
         return model
 

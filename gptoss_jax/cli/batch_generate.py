@@ -18,7 +18,7 @@ from gptoss_jax import __version__
 from gptoss_jax.cli.answers import Answers, fingerprint
 from gptoss_jax.cli.batch_progress import Progress
 from gptoss_jax.cli.batches import answer, batches, prepare
-from gptoss_jax.cli.loading import TINY, load_model, note
+from gptoss_jax.cli.loading import ADAPTER, TINY, load_model, note
 from gptoss_jax.cli.prompts import SAMPLING, Defaults, Line, check_limit, read_prompts
 from gptoss_jax.errors import GptOssError
 
@@ -84,6 +84,11 @@ def _defaults(arguments: "Arguments", sampling: Any, response_format: Any) -> De
 
 def _record(arguments, sampling, response_format, prompts: int, sha256: str) -> dict[str, Any]:
     """What the answers are to be of, for the file beside them."""
+    adapter = None
+    if arguments.adapter:
+        from gptoss_jax import adapters
+
+        adapter = fingerprint(adapters.locate(arguments.adapter))
     settings = {
         "raw": arguments.raw,
         "effort": arguments.effort,
@@ -92,6 +97,7 @@ def _record(arguments, sampling, response_format, prompts: int, sha256: str) -> 
         "max_new_tokens": arguments.max_new_tokens,
         "max_context": arguments.model.max_context,
         "stop": list(arguments.stop),
+        "adapter": adapter,
         **{name: getattr(sampling, name) for name in SAMPLING},
         "date": arguments.date,
         "dtype": arguments.model.dtype,
@@ -129,7 +135,8 @@ def _answer_all(arguments, lines, record, done, opened: Sequence[Answers]) -> in
         note(f"begun with gptoss_jax {record['gptoss_jax']}, continued with {__version__}")
     if todo:
         options = dataclasses.replace(arguments.model, dtype=settings["dtype"])
-        model = load_model(options, quiet=arguments.json)
+        model = load_model(options, quiet=arguments.json, adapter=arguments.adapter)
+        adapter = ADAPTER if arguments.adapter else None
 
         def chosen() -> dict[str, Any]:
             dtype = model.params["embedding"].dtype.name
@@ -144,7 +151,7 @@ def _answer_all(arguments, lines, record, done, opened: Sequence[Answers]) -> in
         size = min(arguments.batch_size, 1 << (len(todo) - 1).bit_length())
         with progress:
             for batch in batches(todo, size, lambda line: prepare(line, model, settings)):
-                rows = answer(batch, model, size, settings["stop"], progress.tokens)
+                rows = answer(batch, model, size, settings["stop"], progress.tokens, adapter)
                 for answers in opened:
                     answers.append(rows)
                 progress.answered(rows)

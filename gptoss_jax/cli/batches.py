@@ -77,6 +77,7 @@ def answer(
     size: int,
     stop: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
+    adapter: str | None = None,
 ) -> list[dict[str, Any]]:
     """The answers of a batch, as the output holds them.
 
@@ -87,11 +88,13 @@ def answer(
         when that one does, so that nothing is compiled again.
       stop: Strings that end raw text.
       progress: Called with numbers of new tokens, those of copies too.
+      adapter: Name of one of the model's; None for none.
     """
     good = [job for job in batch if job.error is None]
     if not good:
         return [_row(job, None, model) for job in batch]
     filled = [*good, *[good[-1]] * (size - len(good))]
+    own: Any = {"adapter": adapter} if adapter else {}
     try:
         found = model.generate(
             [job.ids for job in filled],
@@ -99,6 +102,7 @@ def answer(
             [job.line.max_new_tokens for job in filled],
             stop,
             progress,
+            **own,
         )
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

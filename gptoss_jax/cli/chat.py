@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 
 from gptoss_jax.cli.loading import (
+    ADAPTER,
     Effort,
     ModelArguments,
     SamplingArguments,
@@ -35,6 +37,10 @@ class Arguments:
     sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingArguments
     )
+    adapter: Path | None = None
+    """Answer with an adapter: the folder of a run of gptoss finetune, or of an adapter, ours or
+    peft's.
+    """
     effort: Effort = "medium"
     """Reasoning effort; /effort changes it."""
     max_new_tokens: int | None = None
@@ -55,13 +61,14 @@ def run(arguments: Arguments) -> None:
         import readline  # noqa: F401
 
     sampling = arguments.sampling.sampling()
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, adapter=arguments.adapter)
     chat = Chat(
         model,
         reasoning_effort=arguments.effort,
         instructions=arguments.instructions,
         sampling=sampling,
         max_new_tokens=arguments.max_new_tokens,
+        adapter=ADAPTER if arguments.adapter else None,
     )
     printer = Printer(hide_reasoning=arguments.hide_reasoning)
     note("/help for what can be typed, Ctrl-D to leave.")

@@ -80,7 +80,12 @@ def _base(arguments: Arguments, named: str) -> Path:
     name = arguments.model or named
     if not name:
         raise GptOssError(f"{arguments.run}: the adapter names no base: give --model")
-    return hub.resolve(name, revision=arguments.revision, offline=arguments.offline or None)
+    try:
+        return hub.resolve(name, revision=arguments.revision, offline=arguments.offline or None)
+    except GptOssError as error:
+        if arguments.model:
+            raise
+        raise GptOssError(f"the adapter's base: {error}; --model says where it is now") from error
 
 
 def _peft(arguments: Arguments, target: Path) -> dict:

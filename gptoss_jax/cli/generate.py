@@ -18,7 +18,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from gptoss_jax.cli.loading import Effort, ModelArguments, SamplingArguments, load_model, working
+from gptoss_jax.cli.loading import (
+    ADAPTER,
+    Effort,
+    ModelArguments,
+    SamplingArguments,
+    load_model,
+    working,
+)
 from gptoss_jax.errors import GptOssError
 
 
@@ -42,6 +49,10 @@ class Arguments:
     sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingArguments
     )
+    adapter: Path | None = None
+    """Answer with an adapter: the folder of a run of gptoss finetune, or of an adapter, ours or
+    peft's.
+    """
     effort: Effort = "medium"
     """Reasoning effort."""
     max_new_tokens: int | None = None
@@ -80,7 +91,7 @@ def run(arguments: Arguments) -> int:
         raise GptOssError("the prompt is empty: give at least one token")
     sampling = arguments.sampling.sampling()
     response_format = _schema(arguments.response_format)
-    model = load_model(arguments.model, quiet=arguments.json)
+    model = load_model(arguments.model, quiet=arguments.json, adapter=arguments.adapter)
     started = time.perf_counter()
     if arguments.raw:
         result = _raw(arguments, model, prompt, sampling)
@@ -130,7 +141,9 @@ def _schema(path: Path | None) -> Any:
 
 def _raw(arguments: Arguments, model, prompt: str, sampling) -> dict[str, Any]:
     limit = arguments.max_new_tokens or 64
-    pieces, text, tokens = model.stream(prompt, sampling, limit, arguments.stop), "", 0
+    adapter = ADAPTER if arguments.adapter else None
+    pieces = model.stream(prompt, sampling, limit, arguments.stop, adapter=adapter)
+    text, tokens = "", 0
     if not arguments.json:
         print(prompt, end="", flush=True)
     reason = None
@@ -155,6 +168,7 @@ def _chat(arguments: Arguments, model, prompt: str, sampling, response_format) -
         instructions=arguments.instructions,
         sampling=sampling,
         max_new_tokens=arguments.max_new_tokens,
+        adapter=ADAPTER if arguments.adapter else None,
     )
     events = chat.stream(prompt)
     if arguments.json:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-TINY = "gpt-oss-tiny"
+TINY, ADAPTER = "gpt-oss-tiny", "adapter"
 SHOWN_BYTES = 100_000_000  # below it loading is over before a bar can be read
 Effort = Literal["low", "medium", "high"]
 
@@ -124,8 +124,14 @@ def _loading(name: str, folder: Path):
         yield lambda _, nbytes: bar.advance(task, nbytes)
 
 
-def load_model(arguments: ModelArguments, quiet: bool = False):
-    """Loads the model that the options name; says so when it is the one in the box."""
+def load_model(arguments: ModelArguments, quiet: bool = False, adapter: Path | None = None):
+    """Loads the model that the options name; says so when it is the one in the box.
+
+    Args:
+      arguments: The options.
+      quiet: Say nothing.
+      adapter: Folder of an adapter, which requests then name ADAPTER.
+    """
     name = arguments.model or TINY
     if arguments.model is None and not quiet:
         note(
@@ -143,6 +149,7 @@ def load_model(arguments: ModelArguments, quiet: bool = False):
             mesh=arguments.mesh,
             dtype=arguments.dtype,
             max_context=arguments.max_context,
+            adapters={ADAPTER: adapter} if adapter else None,
             progress=progress,
         )
     if hosts.place() is not None:
