@@ -381,9 +381,8 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Float32 logits of hidden states; `added` as in `apply`."""
     with jax.named_scope("unembed"):
-        logits = jnp.einsum(
-            "...D,VD->...V", x, params["unembedding"], preferred_element_type=jnp.float32
-        )
+        batch = "BT"[: x.ndim - 1]
+        logits = ops.product(f"{batch}D,VD->{batch}V", x, params["unembedding"])
         if added and "unembedding" in added:
             a, b, gain_BR = added["unembedding"]
             h = jnp.einsum(

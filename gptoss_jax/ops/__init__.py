@@ -24,5 +24,6 @@ from gptoss_jax.ops.linear import linear as linear
 from gptoss_jax.ops.moe import expert_mlp as expert_mlp
 from gptoss_jax.ops.moe import route as route
 from gptoss_jax.ops.norm import rms_norm as rms_norm
+from gptoss_jax.ops.product import product as product
 from gptoss_jax.ops.rope import rotate as rotate
 from gptoss_jax.ops.rope import rotation as rotation

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptoss_jax.ops.product import product
+
 
 class LowRank(NamedTuple):
     """A low-rank addition to a weight, each row of the batch with its own gains: y += b (gain * (a
@@ -57,7 +59,7 @@ def linear(
     Returns:
       The product in x's dtype.
     """
-    out = jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+    out = product(subscripts, x, weight)
     if bias is not None:
         out = out + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
     if low_rank is not None:
@@ -70,10 +72,6 @@ def _added(subscripts: str, x: jax.Array, low_rank: LowRank) -> jax.Array:
     given, result = subscripts.split("->")
     inputs = given.split(",")[0][2:]
     a, b, gain_BR = low_rank
-    h_BTR = jnp.einsum(
-        f"BT{inputs},R{inputs}->BTR", x, a.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    h_BTR = product(f"BT{inputs},R{inputs}->BTR", x, a.astype(x.dtype))
     h_BTR = (h_BTR * gain_BR[:, None]).astype(x.dtype)
-    return jnp.einsum(
-        f"BTR,{result[2:]}R->{result}", h_BTR, b.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    return product(f"BTR,{result[2:]}R->{result}", h_BTR, b.astype(x.dtype))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax import sharding
 from gptoss_jax.mxfp4 import MxTensor, nearest
 from gptoss_jax.ops.linear import LowRank, Rounded
+from gptoss_jax.ops.product import product
 
 UNPACKED_LIMIT = (
     1 << 24
@@ -213,17 +214,13 @@ def _mlp(
     def one(x_bD, expert, added):
         """Rows of one expert: [b, D] -> float32 [b, D]."""
         gate_up = _weight(gate_up_EFPD[expert], added.get("gate_up"), "FPR,RD->FPD", x_bD.dtype)
-        h = jnp.einsum("bD,FPD->bFP", x_bD, gate_up, preferred_element_type=jnp.float32)
+        h = product("bD,FPD->bFP", x_bD, gate_up)
         h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
         if isinstance(added.get("gate_up"), LowRank):
             h = h + _low_rank("bD,RD->bR", "bR,FPR->bFP", x_bD, *added["gate_up"])
         act = swiglu(h, alpha, limit).astype(x_bD.dtype)
-        out = jnp.einsum(
-            "bF,DF->bD",
-            act,
-            _weight(down_EDF[expert], added.get("down"), "DR,RF->DF", x_bD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        down = _weight(down_EDF[expert], added.get("down"), "DR,RF->DF", x_bD.dtype)
+        out = product("bF,DF->bD", act, down)
         out = out + down_bias_ED[expert].astype(jnp.float32)[None]
         if isinstance(added.get("down"), LowRank):
             out = out + _low_rank("bF,RF->bR", "bR,DR->bD", act, *added["down"])
@@ -305,9 +302,8 @@ def _added(low_rank, experts, gains) -> dict[str, Addition]:
 
 
 def _low_rank(first, second, x, a, b, gain_bR):
-    h = jnp.einsum(first, x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-    h = (h * gain_bR).astype(x.dtype)
-    return jnp.einsum(second, h, b.astype(x.dtype), preferred_element_type=jnp.float32)
+    h = (product(first, x, a.astype(x.dtype)) * gain_bR).astype(x.dtype)
+    return product(second, h, b.astype(x.dtype))
 
 
 def _for_each(one, rows, experts, added, unpacked):
@@ -335,18 +331,18 @@ def _for_each_present(one, rows, experts, added, count, spread):
     return jax.lax.map(step, (rows, experts, added))
 
 
-def _weight(weight: Weight, added: Addition | None, product: str, dtype) -> jax.Array:
+def _weight(weight: Weight, added: Addition | None, subscripts: str, dtype) -> jax.Array:
     """An expert's weight, unpacked; merged and rounded if what is added is `Rounded`."""
     if not isinstance(added, Rounded):
         return _unpack(weight, dtype)
-    whole: Any = nearest(merged(_unpack(weight, jnp.float32), added.a, added.b, product))
+    whole: Any = nearest(merged(_unpack(weight, jnp.float32), added.a, added.b, subscripts))
     return whole.astype(dtype)
 
 
-def merged(weight: jax.Array, a: jax.Array, b: jax.Array, product: str) -> jax.Array:
-    """weight + b a in float32; `product` is the einsum of b and a."""
+def merged(weight: jax.Array, a: jax.Array, b: jax.Array, subscripts: str) -> jax.Array:
+    """weight + b a in float32; `subscripts` are the einsum's of b and a."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return weight.astype(jnp.float32) + jnp.einsum(product, b, a)
+    return weight.astype(jnp.float32) + jnp.einsum(subscripts, b, a)
 
 
 def _unpack(weight: Weight, dtype) -> jax.Array:
