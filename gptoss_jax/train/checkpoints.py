@@ -35,6 +35,8 @@ class Checkpoints:
         self.folder = folder.absolute()
         self.best: int | None = None
         self._keep = keep
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())  # the writing threads log too
         with _quiet():
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -109,6 +111,7 @@ class Checkpoints:
         """Ends the writing threads; what they still write is waited for."""
         with contextlib.suppress(Exception), _quiet():
             self._manager.close()
+        self._quiet.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Result:
       stopped: Why it ended before `steps`: "SIGTERM", "SIGINT", "patience"; None if it did not.
       rows: Those of metrics.jsonl.
       best: Lowest held-out loss, and the step that had it; None without evaluation.
-      programs: Training programs compiled, one a length of rows.
+      programs: Programs of the update that it used, one a length of rows.
     """
 
     folder: Path
@@ -178,6 +178,36 @@ def finetune(
         return _Run(model, data, settings, folder, quiet or not hosts.speaks()).run()
 
 
+_made: dict[tuple, Compiled] = {}  # a notebook calls again and again
+
+
+def _programs(
+    model: Model, settings: Settings, base: trainable.Trainable, steps: int
+) -> tuple[Compiled, Compiled]:
+    """Update and evaluation, those of an earlier call if they are the same; nothing is compiled
+    yet.
+    """
+    config, mesh, dtype = model.config, model.mesh, model.params["embedding"].dtype
+    optimizer = settings.optimizer
+    lasting = None if optimizer.schedule == "constant" and not optimizer.warmup else steps
+    what = settings.lora, settings.frozen, settings.remat, settings.router_loss
+    update = (config, mesh, dtype, *what, optimizer, lasting)
+    look = (config, mesh, dtype, settings.lora, settings.frozen)
+    if update not in _made:
+        step = make_step(config, settings, steps, dtype, base.shardings)
+        places = {}
+        if mesh is not None:
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            places["out_shardings"] = jax.tree.map(lambda x: x.sharding, base.like), everywhere
+        _made[update] = Compiled(step, mesh, donate_argnums=0, **places)
+    if look not in _made:
+        _made[look] = Compiled(make_evaluate(config, settings, dtype), mesh)
+    found = _made[update], _made[look]
+    while len(_made) > 8:
+        del _made[next(iter(_made))]
+    return found
+
+
 class _Run:
     """One run, from its folder's state to its end."""
 
@@ -198,19 +228,8 @@ class _Run:
                 settings.length, settings.batch_size, settings.packing, shuffle=False
             )
             self.held_out = Batches(data.held_out, model.tokenizer, rows)
-        self.programs()
-
-    def programs(self) -> None:
-        """Makes the jitted functions; nothing is compiled yet."""
-        config, base = self.model.config, self.base
-        dtype = self.model.params["embedding"].dtype
-        step = make_step(config, self.settings, self.steps, dtype, base.shardings)
-        places = {}
-        if self.mesh is not None:
-            everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-            places["out_shardings"] = jax.tree.map(lambda x: x.sharding, base.like), everywhere
-        self.step = Compiled(step, self.mesh, donate_argnums=0, **places)
-        self.evaluate = Compiled(make_evaluate(config, self.settings, dtype), self.mesh)
+        self.step, self.evaluate = _programs(model, settings, self.base, self.steps)
+        self.shapes: set[tuple[int, ...]] = set()
 
     def _identity(self) -> dict[str, Any]:
         params = self.model.params
@@ -300,12 +319,13 @@ class _Run:
             self.progress.say(f"continuing {self.folder} after step {first} of {self.steps}")
         elif self.held_out is not None:
             self._evaluate(state, 0)
-        self._mark, self._compiled = time.perf_counter(), 0.0
+        self._mark, self._compiled = time.perf_counter(), self.step.seconds
         stopped = self._patience()
         done = first
         while done < self.steps and stopped is None:
             epoch = iterator.epoch
             batch = evaluation.put(next(iterator), self.mesh, settings.accumulate)
+            self.shapes.add(batch["tokens"].shape)
             state, out = self.step(state, self.base.frozen, batch)
             self._record(pending)
             done += 1
@@ -441,7 +461,7 @@ class _Run:
                 trained = self.checkpoints.restore(best[1], self.base.like)["trained"]
             self._write(path, trained)
         rows = metrics.read(self.folder / run_folder.METRICS)
-        programs = len(self.step.shapes)
+        programs = len(self.shapes)
         return Result(self.folder, path, trained, done, self.steps, stopped, rows, best, programs)
 
     def _write(self, path: Path, trained: Params) -> None:

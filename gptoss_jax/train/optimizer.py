@@ -56,11 +56,17 @@ def rate(
 def transform(settings: OptimizerSettings) -> optax.GradientTransformation:
     """AdamW but for the rate: a gradient becomes the step to be multiplied by -rate."""
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    return optax.chain(
+    rule = optax.chain(
         clip,
         optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),
         optax.add_decayed_weights(settings.weight_decay, mask=decayed),
     )
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # optax 0.2.8 raises floats to integer powers
+            return rule.update(updates, state, params)
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def decayed(tree: Params) -> Params:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
@@ -114,7 +113,7 @@ def make_step(
             gradients, sums = total(trained, frozen, batch)
         weight = sums["weight"]
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        loss, norm = sums["loss"] / weight, optax.global_norm(gradients)
+        loss, norm = sums["loss"] / weight, _norm(gradients)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             moves, moments = rule.update(gradients, state["optimizer"], trained)
@@ -146,6 +145,11 @@ def make_step(
         return state, sharding.replicate(metrics)
 
     return step
+
+
+def _norm(tree: Params) -> jax.Array:
+    """Root of the sum of all squares (optax has renamed its own)."""
+    return jnp.sqrt(sum(((x**2).sum() for x in jax.tree.leaves(tree)), jnp.float32(0)))
 
 
 def _load(load_LE: jax.Array) -> dict[str, jax.Array]:

@@ -86,6 +86,11 @@ def prepare(model: Model, settings: Settings) -> Trainable:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda _: device, abstract)
         begin = jax.jit(state)
+        if settings.lora is not None:
+            optimizer = settings.optimizer
+            begin = functools.partial(
+                _begin_adapter, config=config, lora=settings.lora, optimizer=optimizer
+            )
     else:
         everywhere = NamedSharding(mesh, PartitionSpec())
         rule = transform(settings.optimizer)
@@ -104,6 +109,12 @@ def prepare(model: Model, settings: Settings) -> Trainable:
             return begin(source)
 
     return Trainable(frozen, shapes, where, made, like, low_rank.count(shapes), whole)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "lora", "optimizer"))
+def _begin_adapter(key, *, config, lora, optimizer) -> State:
+    """A new adapter's state on one device; a notebook's second call compiles nothing."""
+    return new_state(low_rank.init(config, lora, key), Settings(lora=lora, optimizer=optimizer))
 
 
 def _in_float32(tree: Params) -> Params:
