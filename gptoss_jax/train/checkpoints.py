@@ -6,6 +6,7 @@ Knows trees, JSON and Orbax; knows no model and no data.
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,20 @@ class _LastAndBest:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs tracebacks of what it raises."""
-    logger = logging.getLogger("absl")
+    """Orbax logs tracebacks of what it raises, and the writes that fail after the first come back
+    to an event loop that it has closed.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+
+    def heard(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            hook(found)
+
+    sys.unraisablehook = heard
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
