@@ -37,3 +37,11 @@ def test_runs(name, tmp_path):
         assert "632" in texts  # 347 + 285
         assert "98895" in texts  # 347 * 285, by the calculator
         assert len(images) == 2
+    if name.startswith("03"):
+        after = re.search(r"right after training: (\d+)%, before: (\d+)%", texts)
+        assert after is not None
+        assert int(after[1]) >= 80
+        assert int(after[2]) <= 20
+        difference = re.search(r"largest difference of logits: (\S+)", texts)
+        assert difference is not None
+        assert float(difference[1]) < 1e-4
