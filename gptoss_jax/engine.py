@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gptoss_jax import cache as kv
-from gptoss_jax import lora, sharding, steps
+from gptoss_jax import libtpu, lora, sharding, steps
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
@@ -551,6 +551,7 @@ def load(
     """
     from gptoss_jax import checkpoint, hub  # the file formats are loaded only when they are needed
 
+    libtpu.hush()
     use_compilation_cache()
     folder = hub.resolve(source, revision=revision, offline=offline)
     if dtype not in (None, "bfloat16", "float32"):

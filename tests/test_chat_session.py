@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 from fakes import ScriptedModel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.chat import Chat, Tool
@@ -252,6 +252,8 @@ WORDS = [
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=25).map("".join))
+@example("functions. json<|start|>")
+@example("functions.{}<|start|>")
 @settings(max_examples=150, deadline=None)
 def test_whatever_the_model_says_the_conversation_goes_on(output):
     model = ScriptedModel(output, output, FINAL.format("ok"), FINAL.format("ok"))

@@ -27,13 +27,10 @@ def test_runs(name, tmp_path):
         assert "u8[" not in texts  # experts do not travel
         assert "16 of 16 prompts answered now" in texts
         assert "same bits: True" in texts
+    images = [
+        o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+    ]
     if name.startswith("01"):
-        images = [
-            o
-            for c in notebook.cells
-            for o in c.get("outputs", [])
-            if "image/png" in o.get("data", {})
-        ]
         assert "632" in texts  # 347 + 285
         assert "98895" in texts  # 347 * 285, by the calculator
         assert len(images) == 2
@@ -41,6 +38,7 @@ def test_runs(name, tmp_path):
         after = re.search(r"right after training: (\d+)%, before: (\d+)%", texts)
         assert after is not None
         assert int(after[1]) >= 80
+        assert len(images) == 1
         assert int(after[2]) <= 20
         difference = re.search(r"largest difference of logits: (\S+)", texts)
         assert difference is not None

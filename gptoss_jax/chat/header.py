@@ -74,7 +74,8 @@ def read_header(
         word in ROLES[1:] or (address == "assistant" and bool(word) and word not in ROLES)
     )
     if address is None and not foreign and (word.startswith("functions.") or word in functions):
-        address = word
+        named = re.match(r"[A-Za-z0-9_.\-]+", word)  # what a header may hold
+        address = named[0] if named and word not in functions else word
         repairs.append("recipient without to=")
     recipient = _recipient(address, functions)
     if address is not None and recipient != address:

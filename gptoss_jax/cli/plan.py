@@ -36,8 +36,8 @@ class Arguments:
     """Of the adapter, for finetune."""
     targets: str = "attention,experts"
     """What the adapter adds to, for finetune."""
-    tried: int | None = None
-    """How many meshes are compiled, by default 2, for finetune 1; the others are judged by
+    tried: int = 1
+    """How many meshes are compiled, the best by arithmetic first; the others are judged by
     arithmetic.
     """
     json: bool = False

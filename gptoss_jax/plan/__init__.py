@@ -19,7 +19,7 @@ from gptoss_jax.plan.bounds import Work
 from gptoss_jax.plan.hardware import Topology
 from gptoss_jax.plan.programs import DoesNotFit, Program, Training
 
-TRIED = 2  # meshes compiled where none is given
+TRIED = 1  # meshes compiled where none is given
 LOGITS_BYTES = 1 << 27  # float32 logits that training holds at once
 
 
@@ -116,7 +116,7 @@ def plan(
     mesh: sharding.Sizes | None = None,
     packed: bool = True,
     training: Training | None = None,
-    tried: int | None = None,
+    tried: int = TRIED,
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Plans generation, or training.
@@ -130,7 +130,7 @@ def plan(
       mesh: The mesh to judge; by default the sensible ones, of which the best are compiled.
       packed: Experts in MXFP4, as released; else bfloat16.
       training: What is trained and how; None plans generation.
-      tried: How many meshes are compiled; by default 2, for training 1.
+      tried: How many meshes are compiled, the best by arithmetic first; by default 1.
       say: Told what is being done.
 
     Raises:
@@ -140,8 +140,6 @@ def plan(
     slice_ = hardware.parse(topology)
     if context is None:
         context = config.max_context if training is None else 2048
-    if tried is None:
-        tried = TRIED if training is None else 1
     if not 0 < context <= config.max_context:
         raise GptOssError(f"context of {context}: this model's is 1 to {config.max_context}")
     if batch < 1:
