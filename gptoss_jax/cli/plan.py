@@ -304,7 +304,14 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     limit = report["device"]["memory"] / GB
     axes.axvline(limit, color="black", linestyle="--", linewidth=1)
-    axes.text(limit, -0.65, f" {limit:.1f} GB", va="center", fontsize=9)
+    axes.text(
+        limit,
+        1.01,
+        f"{limit:.1f} GB",
+        ha="center",
+        fontsize=9,
+        transform=axes.get_xaxis_transform(),
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, max(*left, limit) * 1.12)
     axes.set_xlabel("GB on each device")
@@ -312,6 +319,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         f"{report['model']} on {report['topology']}, context {report['context']:,}, "
         f"batch {report['batch']}",
         fontsize=11,
+        pad=20,
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(ROWS), frameon=False, fontsize=9)

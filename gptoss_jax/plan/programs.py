@@ -252,8 +252,9 @@ class Steps:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise DoesNotFit(_needed(str(error))) from None
-            texts = list(Path(folder).glob("*.after_optimizations.txt"))
-            text = texts[0].read_text() if texts else None
+            # small parts that are compiled apart, such as sorts, have files of their own
+            texts = [f.read_text() for f in Path(folder).glob("*.after_optimizations.txt")]
+            text = max(texts, key=len, default=None)
         seconds = time.perf_counter() - started
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if not tpu:
