@@ -53,6 +53,8 @@ def main(address, count, index, jobs, out):
         for job in json.loads(jobs):
             model, read = loaded(job["folder"], job["mesh"])
             found.append({"read": read, **(work(model) if job["work"] else {})})
+            if job.get("save"):
+                checkpoint.save_params(job["save"], model.config, model.params)
         line = hosts.from_first(lambda: f"a line of process {index}")
         answer = {"jobs": found, "line": line, "processes": jax.process_count()}
     with open(out, "w") as file:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import hosts_program
+import jax
 import numpy as np
 import pytest
 
@@ -113,8 +114,14 @@ def test_two_processes_make_the_tokens_of_one_and_read_their_part(tmp_path, expe
 
 @pytest.mark.slow
 def test_another_mesh_and_layout(tmp_path, expected, orbax):
-    jobs = run_jobs(tmp_path, [job(orbax, "tensor=2,expert=2,data=2", True)])
+    saved = tmp_path / "saved"
+    wanted = {**job(orbax, "tensor=2,expert=2,data=2", True), "save": str(saved)}
+    jobs = run_jobs(tmp_path, [wanted])
     assert_same_work([found[0] for found in jobs], expected)
+    # saved by both together, read again by one: the same bytes
+    ours, theirs = (checkpoint.load_params(folder)[1] for folder in (saved, orbax))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 LONG = ("generate", "--raw", "1", "--seed", "1", "--max-new-tokens", "1500")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.layout import Format
 
 from gptoss_jax.checkpoint.source import Source, open_source
@@ -102,6 +103,9 @@ def save_params(
 ) -> None:
     """Saves a parameter tree in our layout (Orbax); the folder appears whole or not at all.
 
+    In several processes all have to call it: process 0 writes, and needs host memory for the whole
+    model, which comes to it array by array.
+
     Args:
       path: Folder to make.
       config: The model's config.
@@ -114,11 +118,26 @@ def save_params(
     """
     from gptoss_jax.checkpoint import store
 
-    arrays = stored_tree(params)
-    _check_complete(config, arrays)
-    needed = sum(array.nbytes for array in arrays)
-    with new_folder(Path(path).expanduser(), overwrite=overwrite, needed=needed) as folder:
-        store.write(folder, config, arrays, source=source)
+    if jax.process_count() > 1:
+        params = _at_first(params)
+    if jax.process_index() == 0:
+        arrays = stored_tree(params)
+        _check_complete(config, arrays)
+        needed = sum(array.nbytes for array in arrays)
+        with new_folder(Path(path).expanduser(), overwrite=overwrite, needed=needed) as folder:
+            store.write(folder, config, arrays, source=source)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("saved")
+
+
+def _at_first(params: dict[str, Any]) -> dict[str, Any]:
+    """The tree with its arrays whole in process 0's memory; in the others nothing of it is kept."""
+
+    def whole(leaf):
+        array = multihost_utils.process_allgather(leaf, tiled=True)
+        return array if jax.process_index() == 0 else None
+
+    return jax.tree.map(whole, params)
 
 
 def _check_complete(config: GptOssConfig, arrays: list[Stored]) -> None:

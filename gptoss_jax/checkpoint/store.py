@@ -141,10 +141,17 @@ def write(
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stored, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
+    # one process writes, whether there are others or not
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=False,
+        type_handler_registry=registry,
+        multiprocessing_options=alone,
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             tree = _nest({array.path: array for array in arrays})
             with _quiet():
