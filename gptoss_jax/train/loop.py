@@ -58,11 +58,11 @@ class Result:
 
     folder: Path
     path: Path
-    trained: Params
+    trained: Params = dataclasses.field(repr=False)
     step: int
     steps: int
     stopped: str | None
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
     best: tuple[float, int] | None
     programs: int
 
