@@ -381,17 +381,11 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Float32 logits of hidden states; `added` as in `apply`."""
     with jax.named_scope("unembed"):
-        batch = "BT"[: x.ndim - 1]
-        logits = ops.product(f"{batch}D,VD->{batch}V", x, params["unembedding"])
+        rows = "BT"[: x.ndim - 1]
+        subscripts = f"{rows}D,VD->{rows}V"
+        logits = ops.product(subscripts, x, params["unembedding"])
         if added and "unembedding" in added:
-            a, b, gain_BR = added["unembedding"]
-            h = jnp.einsum(
-                "...D,RD->...R", x, a.astype(x.dtype), preferred_element_type=jnp.float32
-            )
-            h = (h * (gain_BR[:, None] if h.ndim == 3 else gain_BR)).astype(x.dtype)
-            logits += jnp.einsum(
-                "...R,VR->...V", h, b.astype(x.dtype), preferred_element_type=jnp.float32
-            )
+            logits += ops.low_rank_product(subscripts, x, added["unembedding"])
         return constrain(logits, "BTV" if logits.ndim == 3 else "BV")
 
 

@@ -326,7 +326,10 @@ def test_every_row_has_its_own_adapter(served):
 def test_a_batch_of_adapters_generates_what_each_does_alone_without_recompiling(served):
     ours, _ = served
     sampling = dataclasses.replace(GREEDY, ignore_eos=True)
-    run = lambda names: ours.generate(PROMPTS, sampling, 12, adapter=names)  # noqa: E731
+
+    def run(names):
+        return ours.generate(PROMPTS, sampling, 12, adapter=names)
+
     mixed = run(CHOSEN)
     before = steps.prefill._cache_size(), steps.decode._cache_size(), steps.start._cache_size()
     for name in (None, *THREE):

@@ -174,7 +174,10 @@ def test_metrics_after_the_checkpoint_are_not_there_twice(tmp_path):
 
 def test_another_run_in_the_folder_is_refused_by_its_field(whole, tmp_path, monkeypatch):
     held_out = finetuning.texts(5, seed=1)
-    again = lambda **changes: train(whole.folder, **{"eval_data": held_out, **changes})  # noqa: E731
+
+    def again(**changes):
+        return train(whole.folder, **{"eval_data": held_out, **changes})
+
     cases = [
         ({"learning_rate": 5e-3}, "made with learning_rate 0.01, now it is 0.005: continue with"),
         ({"lora": dataclasses.replace(finetuning.LORA, rank=4)}, "made with rank 3, now it is 4"),

@@ -285,7 +285,10 @@ def test_nobody_is_there():
 def test_a_stranger_is_not_let_in():
     address = f"127.0.0.1:{free_port()}"
     found = []
-    answer = lambda: found.append(hosts._answer(hosts.Place(address, 2, 0), time.monotonic() + 20))  # noqa: E731
+
+    def answer():
+        found.append(hosts._answer(hosts.Place(address, 2, 0), time.monotonic() + 20))
+
     thread = threading.Thread(target=answer)
     thread.start()
     host, port = address.split(":")

@@ -21,6 +21,7 @@ from gptoss_jax.ops.attention import attention as attention
 from gptoss_jax.ops.linear import LowRank as LowRank
 from gptoss_jax.ops.linear import Rounded as Rounded
 from gptoss_jax.ops.linear import linear as linear
+from gptoss_jax.ops.linear import low_rank_product as low_rank_product
 from gptoss_jax.ops.moe import expert_mlp as expert_mlp
 from gptoss_jax.ops.moe import route as route
 from gptoss_jax.ops.norm import rms_norm as rms_norm

@@ -44,7 +44,7 @@ def linear(
     x: Float[Array, "..."],
     weight: Float[Array, "..."],
     bias=None,
-    low_rank: LowRank | None = None,
+    addition: LowRank | None = None,
 ) -> Float[Array, "..."]:
     """einsum(subscripts, x, weight) + bias, summed in float32.
 
@@ -54,7 +54,7 @@ def linear(
       x: Activations.
       weight: Weight in the released layout (outputs first), of x's dtype.
       bias: None, or an array over the output's last axes.
-      low_rank: Added to the weight; computed in x's dtype, summed in float32.
+      addition: Added to the weight.
 
     Returns:
       The product in x's dtype.
@@ -62,16 +62,26 @@ def linear(
     out = product(subscripts, x, weight)
     if bias is not None:
         out = out + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
-    if low_rank is not None:
+    if addition is not None:
         with jax.named_scope("low_rank"):
-            out = out + _added(subscripts, x, low_rank)
+            out = out + low_rank_product(subscripts, x, addition)
     return out.astype(x.dtype)
 
 
-def _added(subscripts: str, x: jax.Array, low_rank: LowRank) -> jax.Array:
+def low_rank_product(subscripts: str, x: jax.Array, addition: LowRank) -> jax.Array:
+    """What an addition adds to einsum(subscripts, x, weight), float32.
+
+    Args:
+      subscripts: Letters of x, weight and result; x and result begin with the rows' letters, the
+        first of which the gains follow.
+      x: Activations.
+      addition: b (gain * (a x)), computed in x's dtype.
+    """
     given, result = subscripts.split("->")
-    inputs = given.split(",")[0][2:]
-    a, b, gain_BR = low_rank
-    h_BTR = product(f"BT{inputs},R{inputs}->BTR", x, a.astype(x.dtype))
-    h_BTR = (h_BTR * gain_BR[:, None]).astype(x.dtype)
-    return product(f"BTR,{result[2:]}R->{result}", h_BTR, b.astype(x.dtype))
+    letters, weight = given.split(",")
+    rows = "".join(letter for letter in letters if letter not in weight)
+    a, b, gain = addition
+    h = product(f"{letters},R{letters[len(rows) :]}->{rows}R", x, a.astype(x.dtype))
+    gain = jnp.expand_dims(gain, tuple(range(1, len(rows))))
+    h = (h * gain).astype(x.dtype)
+    return product(f"{rows}R,{result[len(rows) :]}R->{result}", h, b.astype(x.dtype))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
 from gptoss_jax.mxfp4 import MxTensor, nearest
-from gptoss_jax.ops.linear import LowRank, Rounded
+from gptoss_jax.ops.linear import LowRank, Rounded, low_rank_product
 from gptoss_jax.ops.product import product
 
 UNPACKED_LIMIT = (
@@ -217,13 +217,13 @@ def _mlp(
         h = product("bD,FPD->bFP", x_bD, gate_up)
         h = h + gate_up_bias_EFP[expert].astype(jnp.float32)[None]
         if isinstance(added.get("gate_up"), LowRank):
-            h = h + _low_rank("bD,RD->bR", "bR,FPR->bFP", x_bD, *added["gate_up"])
+            h = h + low_rank_product("bD,FPD->bFP", x_bD, added["gate_up"])
         act = swiglu(h, alpha, limit).astype(x_bD.dtype)
         down = _weight(down_EDF[expert], added.get("down"), "DR,RF->DF", x_bD.dtype)
         out = product("bF,DF->bD", act, down)
         out = out + down_bias_ED[expert].astype(jnp.float32)[None]
         if isinstance(added.get("down"), LowRank):
-            out = out + _low_rank("bF,RF->bR", "bR,DR->bD", act, *added["down"])
+            out = out + low_rank_product("bF,DF->bD", act, added["down"])
         return out
 
     run = functools.partial(_for_each, unpacked=F * P * D + D * F)
@@ -292,18 +292,12 @@ def _added(low_rank, experts, gains) -> dict[str, Addition]:
     """
 
     def chosen(x):
-        # in float32, because that is how gradients of a rank's few rows add up
         return jnp.take(x, experts, axis=0, mode="clip")
 
     return {
         name: type(pair)(chosen(pair.a), chosen(pair.b), gains(pair.gain_BR))
         for name, pair in low_rank.items()
     }
-
-
-def _low_rank(first, second, x, a, b, gain_bR):
-    h = (product(first, x, a.astype(x.dtype)) * gain_bR).astype(x.dtype)
-    return product(second, h, b.astype(x.dtype))
 
 
 def _for_each(one, rows, experts, added, unpacked):

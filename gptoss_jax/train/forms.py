@@ -3,17 +3,18 @@
 Knows OpenAI's messages and their aliases, ShareGPT, the columns of HuggingFaceH4's
 Multilingual-Thinking, prompt and completion, plain text. Refuses to know tokens and files.
 
-| columns | meaning |
-|---|---|
-| messages | role (system, developer, user, assistant, tool), content; the assistant's `thinking` (or reasoning, reasoning_content) and `tool_calls`; `weight` or `train` |
-| conversations | ShareGPT: from, value (or role, content); a `system` column |
-| prompt, completion | strings (a user's message and its answer) or lists of messages; only the completion is learnt |
-| user, final | with developer, reasoning_language, analysis |
-| text | a document: all of it is learnt |
+    messages            role (system, developer, user, assistant, tool) and content; the
+                        assistant's `thinking` (or reasoning, reasoning_content) and `tool_calls`;
+                        `weight` or `train`
+    conversations       ShareGPT: from, value (or role, content); a `system` column
+    prompt, completion  strings (a user's message and its answer) or lists of messages; only the
+                        completion is learnt
+    user, final         with developer, reasoning_language, analysis
+    text                a document: all of it is learnt
 
 The first form that is there counts, in this order; other columns are ignored, except `tools`,
 `reasoning_effort`, `chat_template_kwargs` and `response_format`, which are this row's own.
-"""  # noqa: E501
+"""
 
 import dataclasses
 import json

@@ -106,7 +106,10 @@ def load_data(
         others = opened(held_out)
     elif settings.eval_share:
         examples, others = _split(examples, settings)
-    make = lambda x: make_samples(x, model.tokenizer, rules, show_progress=show_progress)  # noqa: E731
+
+    def make(examples: Examples) -> Samples:
+        return make_samples(examples, model.tokenizer, rules, show_progress=show_progress)
+
     return Data(make(examples), None if others is None else make(others))
 
 

@@ -137,10 +137,12 @@ def cross_entropy(
         chosen = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
         return (weights_BC * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
 
+    def none(*_):
+        return jnp.float32(0)
+
     @jax.checkpoint
     def step(total, chunk):
-        skip = lambda *_: jnp.float32(0)  # noqa: E731
-        return total + jax.lax.cond((chunk[2] != 0).any(), some, skip, *chunk), None
+        return total + jax.lax.cond((chunk[2] != 0).any(), some, none, *chunk), None
 
     total, _ = jax.lax.scan(
         step, jnp.float32(0), (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT))

@@ -30,9 +30,9 @@ def new_state(trained: Params, settings: Settings) -> State:
       "trained" (float32), "optimizer" (moments in float32), and int32 scalars: "step", updates
       tried; "skipped", those that changed nothing; "in_a_row", skipped since the last that did.
     """
-    zero = jnp.int32(0)
     optimizer = transform(settings.optimizer).init(trained)
-    counts = {"step": zero, "skipped": zero, "in_a_row": zero}
+    # each an array of its own: a buffer cannot be donated twice
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "in_a_row")}
     return {"trained": trained, "optimizer": optimizer, **counts}
 
 

@@ -244,7 +244,10 @@ def test_transformers_reads_what_was_merged(place, tmp_path, dtype):
     if dtype == "float32":
         base = tmp_path / "base"
         base.mkdir()
-        is_mx = lambda x: isinstance(x, MxTensor)  # noqa: E731
+
+        def is_mx(x):
+            return isinstance(x, MxTensor)
+
         dense = jax.tree.map(
             lambda x: x.dequantize(jnp.float32) if is_mx(x) else x, place.params, is_leaf=is_mx
         )
