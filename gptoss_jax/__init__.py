@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Chat": "chat",
-    "Completion": "engine",
+    "Completion": "completions",
     "GptOssConfig": "config",
     "GptOssError": "errors",
     "KVCache": "cache",

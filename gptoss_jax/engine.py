@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding
 from gptoss_jax import cache as kv
 from gptoss_jax import libtpu, lora, sharding, steps
 from gptoss_jax.cache import KVCache, make_cache
+from gptoss_jax.completions import Piece, Reader, TokenLogprob, join
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.lora import Stack
 from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling, to_arrays
-from gptoss_jax.stops import StopStrings
 from gptoss_jax.tokenizer import Tokenizer, load_tokenizer
 
 TINY = "gpt-oss-tiny"
@@ -36,45 +36,6 @@ SMALL_BYTES = 1 << 30  # below it a CPU computes in float32: faster there, and e
 
 Prompt = str | Sequence[int]
 Names = str | Sequence[str | None] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Log probability of a token and of the likeliest ones at its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A finished generation.
-
-    Attributes:
-      text: Decoded tokens.
-      tokens: Ids, without what stopped it.
-      logprobs: One a token, or None.
-      finish_reason: "stop", or "length" when max_new_tokens or the context ended it.
-      stop: The token id or string that stopped it, or None.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None
-    finish_reason: str
-    stop: int | str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a stream: new text and tokens; finish_reason and stop are set in the last one."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None
-    stop: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +126,7 @@ class Model:
             parts[index].append(piece)
             if progress:
                 progress(len(piece.tokens))
-        flat = iter([_join(pieces) for pieces in parts])
+        flat = iter([join(pieces) for pieces in parts])
         grouped = [next(flat) if s.n == 1 else [next(flat) for _ in range(s.n)] for s in each]
         return grouped[0] if single else grouped
 
@@ -250,7 +211,7 @@ class Model:
         wanted = [s.top_logprobs for s in settings if s.logprobs or s.top_logprobs]
         top = None if not wanted else (20 if max(wanted) else 0)
         readers = [
-            _Reader(self.tokenizer, stops, s, limit)
+            Reader(self.tokenizer, stops, s, limit)
             for s, limit in zip(settings, limits, strict=True)
         ]
         made = 0
@@ -281,7 +242,7 @@ class Model:
             made += int(out.steps)
             for i, reader in enumerate(readers):
                 if not reader.finished:
-                    yield i, reader.read(out, i)
+                    yield i, _read(reader, out, i)
             done = [r.finished for r in readers] + [True] * pad
             if any(done):
                 stopped_B = self._array(out.stopped_B | np.array(done), "B")
@@ -366,70 +327,16 @@ class Model:
         return self._on_mesh(steps.start, self.params, *parts, added)
 
 
-class _Reader:
-    """Turns one row of decoded ids into pieces: text, stops, log probabilities."""
+def _read(reader: Reader, out: steps.Output, row: int) -> Piece:
+    tokens = [int(t) for t in out.tokens_Bn[row, : int(out.steps)] if t >= 0]
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], sampling: Sampling, limit: int):
-        self.text = StopStrings(tokenizer, stops)
-        self.wanted = sampling.logprobs or sampling.top_logprobs > 0
-        self.top, self.limit = sampling.top_logprobs, limit
-        self.made, self.finished = 0, False
-        self.held: list[TokenLogprob] = []
+    def logprob(column: int) -> TokenLogprob:
+        top = slice(reader.top)
+        ids, values = out.top_ids_Bnk[row, column, top], out.top_logprobs_Bnk[row, column, top]
+        pairs = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
+        return TokenLogprob(tokens[column], float(out.logprobs_Bn[row, column]), pairs)
 
-    def read(self, out: steps.Output, row: int) -> Piece:
-        reason, stop, text, tokens = None, None, "", []
-        columns = [int(t) for t in out.tokens_Bn[row, : int(out.steps)] if t >= 0][
-            : self.limit - self.made
-        ]
-        ended = not self._running(out, row)
-        for column, token in enumerate(columns):
-            self.made += 1
-            if ended and column == self._last(out, row):
-                reason, stop = "stop", token
-                break
-            if self.wanted:
-                self.held.append(_logprob(out, row, column, self.top))
-            new_text, new_tokens, found = self.text.feed(token)
-            text, tokens = text + new_text, tokens + new_tokens
-            if found is not None:
-                reason, stop = "stop", found
-                break
-        if reason is None and self.made >= self.limit:
-            reason = "length"
-        if reason is not None:
-            self.finished = True
-            if not isinstance(stop, str):
-                new_text, new_tokens = self.text.flush()
-                text, tokens = text + new_text, tokens + new_tokens
-        logprobs = None
-        if self.wanted:
-            logprobs, self.held = self.held[: len(tokens)], self.held[len(tokens) :]
-        return Piece(text, tokens, logprobs, reason, stop)
-
-    @staticmethod
-    def _last(out, row) -> int:
-        return int((out.tokens_Bn[row, : int(out.steps)] >= 0).sum()) - 1
-
-    @staticmethod
-    def _running(out, row) -> bool:
-        return not out.stopped_B[row]
-
-
-def _logprob(out: steps.Output, row: int, column: int, top: int) -> TokenLogprob:
-    ids, values = out.top_ids_Bnk[row, column, :top], out.top_logprobs_Bnk[row, column, :top]
-    pairs = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
-    return TokenLogprob(int(out.tokens_Bn[row, column]), float(out.logprobs_Bn[row, column]), pairs)
-
-
-def _join(pieces: Sequence[Piece]) -> Completion:
-    logprobs = (
-        None if pieces[-1].logprobs is None else [x for p in pieces for x in p.logprobs or ()]
-    )
-    tokens = [t for p in pieces for t in p.tokens]
-    last = pieces[-1]
-    return Completion(
-        "".join(p.text for p in pieces), tokens, logprobs, last.finish_reason or "length", last.stop
-    )
+    return reader.read(tokens, bool(out.stopped_B[row]), logprob)
 
 
 def _as_rows(prompts) -> tuple[list[Any], bool]:

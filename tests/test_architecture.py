@@ -17,7 +17,7 @@ FLOORS = [
     {"kernels", "ops"},
     {"cache", "model", "lora"},
     {"checkpoint", "hub", "tokenizer", "adapters"},
-    {"sampling", "steps", "stops", "engine", "batching"},
+    {"sampling", "steps", "stops", "completions", "engine", "batching"},
     {"chat", "tools"},
     {"server", "train", "bench", "plan", "cli", "convert"},
 ]
@@ -27,7 +27,8 @@ SAME_FLOOR = {
     ("config", "errors"), ("dims", "config"), ("mxfp4", "errors"), ("hf_names", "errors"), ("sharding", "errors"), ("hosts", "errors"),
     ("hf_names", "config"), ("hf_names", "mxfp4"), ("hf_names", "dims"), ("sharding", "dims"), ("sharding", "config"),
     ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("checkpoint", "hub"),
-    ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"),
+    ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"), ("completions", "sampling"), ("completions", "stops"), ("engine", "completions"), ("batching", "completions"),
+    ("batching", "sampling"), ("batching", "steps"), ("batching", "engine"), ("batching", "stops"),
     ("checkpoint", "tokenizer"), ("adapters", "checkpoint"),
 }  # fmt: skip
 # Third parties with walls: the rooms that may import them.
