@@ -92,11 +92,12 @@ def final(text: str) -> Message:
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """A function the model may call: `parameters` is a JSON schema of type object, or None for no
-    arguments."""
+    arguments. `strict` asks that every call's arguments are valid (chat/grammar.py)."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
     def __post_init__(self):
         check_name(self.name)
@@ -177,7 +178,10 @@ def tool_from_openai(tool: Mapping[str, Any]) -> Tool:
     body = tool.get("function", tool)
     if not isinstance(body, Mapping) or "name" not in body:
         raise GptOssError(f"a function tool needs a name, got {dict(tool)!r}")
-    return Tool(body["name"], body.get("description") or "", body.get("parameters"))
+    strict = body.get("strict")
+    if strict not in (None, True, False):
+        raise GptOssError(f"tool {body['name']}: strict must be true or false, got {strict!r}")
+    return Tool(body["name"], body.get("description") or "", body.get("parameters"), strict is True)
 
 
 def response_format_from(value: Any) -> ResponseFormat | None:
