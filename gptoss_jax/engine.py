@@ -22,7 +22,7 @@ from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.completions import Piece, Reader, TokenLogprob, join
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.lora import Stack
+from gptoss_jax.lora import LoraConfig, Stack
 from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling, to_arrays
 from gptoss_jax.tokenizer import Tokenizer, load_tokenizer
@@ -503,6 +503,17 @@ def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) 
     for name, folder in adapters.items():
         adapter = files.load(folder, model.config, fingerprint=base)
         loaded[name] = adapter.tree, adapter.lora
+    return with_stack(model, loaded)
+
+
+def with_stack(model: Model, adapters: Mapping[str, tuple[Params, LoraConfig]]) -> Model:
+    """The same model with these adapters from memory, in the place of those it had; the base is not
+    copied.
+
+    Args:
+      model: What `load` gave.
+      adapters: Name -> tree of arrays that this process can read whole, and its config.
+    """
 
     def put(path, letters, array):
         if model.mesh is None:
@@ -510,7 +521,7 @@ def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) 
         where = NamedSharding(model.mesh, sharding.parameter_spec(path, letters))
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
-    stack = lora.stack(loaded, model.params["embedding"].dtype, put)
+    stack = lora.stack(adapters, model.params["embedding"].dtype, put)
     return dataclasses.replace(model, adapters=stack)
 
 

@@ -3,15 +3,13 @@
 Knows batches and prompts; knows no optimizer.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptoss_jax import lora as low_rank
 from gptoss_jax import sharding
-from gptoss_jax.engine import Model
+from gptoss_jax.engine import Model, with_stack
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling
@@ -60,20 +58,10 @@ def mean_loss(
 
 def with_adapter(model: Model, trained: Params, lora: LoraConfig) -> Model:
     """The model with what is being trained, under the name "trained"; the base is not copied."""
-    mesh = model.mesh
-    if mesh is not None:
-        with on(mesh):  # every process reads all of it
+    if model.mesh is not None:
+        with on(model.mesh):  # every process reads all of it
             trained = jax.jit(sharding.replicate)(trained)
-
-    def place(path, letters, array):
-        if mesh is None:
-            return jax.numpy.asarray(array)
-        where = jax.sharding.NamedSharding(mesh, sharding.parameter_spec(path, letters))
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-    tree = jax.device_get(trained)
-    stack = low_rank.stack({NAME: (tree, lora)}, model.params["embedding"].dtype, place)
-    return dataclasses.replace(model, adapters=stack)
+    return with_stack(model, {NAME: (jax.device_get(trained), lora)})
 
 
 def prompts(samples: Samples, count: int, longest: int) -> list[list[int]]:
