@@ -68,6 +68,42 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
+def as_text(sizes: Mapping[str, int]) -> str:
+    """Sizes as `parse` reads them."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def sizes_of(wanted: Sizes) -> dict[str, int]:
+    """Axis -> size of what a user gives for a mesh.
+
+    Raises:
+      GptOssError: As `parse`.
+    """
+    if isinstance(wanted, str):
+        return parse(wanted)
+    return dict(wanted.shape if isinstance(wanted, Mesh) else wanted)
+
+
+def check_count(sizes: Mapping[str, int], devices: int, whose: str | None = None) -> None:
+    """Refuses sizes that do not use all devices.
+
+    Args:
+      sizes: Axis -> size.
+      devices: How many there are.
+      whose: Name of what has them; None for this machine.
+
+    Raises:
+      GptOssError: With the product that would work.
+    """
+    needed = math.prod(sizes.values())
+    if needed != devices:
+        have = f"{whose} has" if whose else "there are"
+        raise GptOssError(
+            f"mesh {as_text(sizes)} needs {needed} devices, {have} {devices}: "
+            f"use sizes whose product is {devices}"
+        )
+
+
 def check(sizes: Mapping[str, int], config: GptOssConfig | None = None) -> None:
     """Refuses axes that there are not, and sizes that do not divide the model.
 
@@ -132,9 +168,7 @@ def make_mesh(
       GptOssError: An axis is unknown, a size does not divide the model, or the sizes do not use all
         devices.
     """
-    if isinstance(sizes, str):
-        sizes = parse(sizes)
-    given = dict(sizes.shape) if isinstance(sizes, Mesh) else dict(sizes)
+    given = sizes_of(sizes)
     check(given, config)
     shape = tuple(int(given.get(axis, 1)) for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
@@ -144,12 +178,7 @@ def make_mesh(
     if math.prod(shape) == 1:
         return None
     devices = jax.devices() if devices is None else devices
-    if math.prod(shape) != len(devices):
-        text = ",".join(f"{axis}={size}" for axis, size in given.items())
-        raise GptOssError(
-            f"mesh {text} needs {math.prod(shape)} devices, there are {len(devices)}: "
-            f"use sizes whose product is {len(devices)}"
-        )
+    check_count(given, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
@@ -187,20 +216,23 @@ def choose_mesh(wanted: Sizes | None, config: GptOssConfig) -> Mesh | None:
     return make_mesh(default_sizes(config, jax.device_count(), near), config)
 
 
-def batch_axes(batch: int, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+def batch_axes(
+    batch: int, mesh: Mesh | AbstractMesh | Mapping[str, int] | None = None
+) -> tuple[str, ...]:
     """Mesh axes over which a batch is spread: those of data, fsdp and expert that divide it; ()
     without a mesh.
 
     Args:
       batch: Rows.
-      mesh: By default the context's.
+      mesh: A mesh, or sizes of axes, 1 where they are not named; by default the context's mesh.
     """
-    mesh = mesh or current()
+    mesh = current() if mesh is None else mesh
     axes, parts = (), 1
     if mesh is None:
         return axes
+    sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
     for axis in BATCH_AXES:
-        size = mesh.shape[axis]
+        size = sizes.get(axis, 1)
         if size > 1 and batch % (parts * size) == 0:
             axes, parts = (*axes, axis), parts * size
     return axes

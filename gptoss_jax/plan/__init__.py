@@ -197,15 +197,10 @@ def _factors(count: int, parts: int):
             yield from ((first, *rest) for rest in _factors(count // first, parts - 1))
 
 
-def _given(mesh, config: GptOssConfig, topology: Topology) -> dict[str, int]:
-    sizes = sharding.parse(mesh) if isinstance(mesh, str) else dict(getattr(mesh, "shape", mesh))
+def _given(mesh: sharding.Sizes, config: GptOssConfig, topology: Topology) -> dict[str, int]:
+    sizes = sharding.sizes_of(mesh)
     sharding.check(sizes, config)
-    if math.prod(sizes.values()) != topology.count:
-        text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise GptOssError(
-            f"mesh {text} needs {math.prod(sizes.values())} devices, {topology.name} has "
-            f"{topology.count}: use sizes whose product is {topology.count}"
-        )
+    sharding.check_count(sizes, topology.count, topology.name)
     return {axis: size for axis, size in sizes.items() if size > 1}
 
 
@@ -333,4 +328,4 @@ class _Judge:
 
 
 def _text(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "one device"
+    return sharding.as_text(sizes) or "one device"

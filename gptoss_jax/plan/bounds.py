@@ -105,11 +105,7 @@ def weights(config: GptOssConfig, sizes: dict[str, int], packed: bool = True) ->
 
 def rows_of(batch: int, sizes: dict[str, int]) -> int:
     """Rows of a batch on one device: as `sharding.batch_axes` spreads them."""
-    cut = 1
-    for axis in sharding.BATCH_AXES:
-        if batch % (cut * sizes.get(axis, 1)) == 0:
-            cut *= sizes.get(axis, 1)
-    return batch // cut
+    return batch // math.prod(sizes[axis] for axis in sharding.batch_axes(batch, sizes))
 
 
 def cache(config: GptOssConfig, sizes: dict[str, int], batch: int, context: int) -> int:
