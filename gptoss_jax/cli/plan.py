@@ -104,25 +104,17 @@ def _training(config, lora):
 
     from gptoss_jax import lora as adapters
     from gptoss_jax.plan.programs import Training
-    from gptoss_jax.train.optimizer import state_shardings, transform
     from gptoss_jax.train.settings import Settings
     from gptoss_jax.train.step import make_step, new_state
+    from gptoss_jax.train.trainable import state_like
 
     settings = Settings(lora=lora)
     shapes = adapters.shapes(config, lora)
 
     def state(mesh, everywhere):
-        trained = jax.tree.map(lambda _: everywhere, shapes)
-        if mesh is not None:
-            trained = adapters.shardings(config, lora, mesh)
+        where = None if mesh is None else adapters.shardings(config, lora, mesh)
         found = jax.eval_shape(lambda tree: new_state(tree, settings), shapes)
-        where: dict[str, Any] = {name: everywhere for name in found}
-        rule = transform(settings.optimizer)
-        moments = state_shardings(rule, shapes, trained, everywhere)
-        where |= {"trained": trained, "optimizer": moments}
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), found, where
-        )
+        return state_like(found, where, everywhere, settings)
 
     def step(mesh):
         where = None if mesh is None else adapters.shardings(config, lora, mesh)

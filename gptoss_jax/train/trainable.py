@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptoss_jax import lora as low_rank
 from gptoss_jax import sharding
@@ -83,8 +83,8 @@ def prepare(model: Model, settings: Settings) -> Trainable:
 
     abstract = jax.eval_shape(state, source)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        places = jax.tree.map(lambda _: device, abstract)
+        everywhere: Any = SingleDeviceSharding(jax.devices()[0])
+        like = state_like(abstract, None, everywhere, settings)
         begin = jax.jit(state)
         if settings.lora is not None:
             optimizer = settings.optimizer
@@ -92,17 +92,8 @@ def prepare(model: Model, settings: Settings) -> Trainable:
                 _begin_adapter, config=config, lora=settings.lora, optimizer=optimizer
             )
     else:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        rule = transform(settings.optimizer)
-        places = {name: everywhere for name in abstract}
-        places |= {
-            "trained": where,
-            "optimizer": state_shardings(rule, shapes, _known(where), everywhere),
-        }
-        begin = jax.jit(state, out_shardings=places)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places
-    )
+        like = state_like(abstract, where, NamedSharding(mesh, PartitionSpec()), settings)
+        begin = jax.jit(state, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
     def made() -> State:
         with on(mesh):
@@ -117,13 +108,31 @@ def _begin_adapter(key, *, config, lora, optimizer) -> State:
     return new_state(low_rank.init(config, lora, key), Settings(lora=lora, optimizer=optimizer))
 
 
+def state_like(
+    state: State, shardings: Params | None, everywhere: Any, settings: Settings
+) -> State:
+    """Shapes of a state with where its arrays lie: moments as what they are of, counts everywhere.
+
+    Args:
+      state: Tree of jax.ShapeDtypeStruct, of `new_state`.
+      shardings: Of what is trained; None for `everywhere`.
+      everywhere: Sharding of a replicated array, or of the one device.
+      settings: Of the run.
+
+    Returns:
+      The tree with shardings.
+    """
+    shapes = state["trained"]
+    trained = jax.tree.map(lambda _: everywhere, shapes) if shardings is None else shardings
+    moments = state_shardings(transform(settings.optimizer), shapes, trained, everywhere)
+    where = {name: everywhere for name in state} | {"trained": trained, "optimizer": moments}
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+    )
+
+
 def _in_float32(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def _known(tree: Params | None) -> Params:
-    assert tree is not None
-    return tree
 
 
 def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
