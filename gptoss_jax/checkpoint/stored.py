@@ -113,7 +113,7 @@ def new_folder(target: Path, *, overwrite: bool = False, needed: int = 0) -> Ite
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full(error):
+        if is_full(error):
             raise GptOssError(
                 f"{target}: the disk is full, nothing was kept: free space or write elsewhere"
             ) from error
@@ -124,7 +124,7 @@ def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether an exception, or one that it came from, says that the disk takes no more."""
     seen: BaseException | None = error
     while seen is not None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from gptoss_jax.checkpoint.stored import _is_full
+from gptoss_jax.checkpoint.stored import is_full
 from gptoss_jax.errors import GptOssError
 
 STATE, POSITION = "state", "position"
@@ -122,7 +122,7 @@ class Checkpoints:
         except Exception as error:
             whole = self._whole()
             left = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is none yet"
-            what = "the disk is full" if _is_full(error) else f"{type(error).__name__}: {error}"
+            what = "the disk is full" if is_full(error) else f"{type(error).__name__}: {error}"
             raise GptOssError(
                 f"{self.folder}: a checkpoint could not be written ({what}); {left}: "
                 "make room, then the same command continues from there"
