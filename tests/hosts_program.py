@@ -9,9 +9,11 @@ import sys
 import jax
 import numpy as np
 
-from gptoss_jax import checkpoint, engine, hosts
+from gptoss_jax import checkpoint, cluster, engine, hosts
 from gptoss_jax.sampling import Sampling
 
+# What clusters tell a process through its environment.
+CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JOB_", "KUBERNETES_")
 PROMPTS = ["347+285=", "Who are you?"]
 GREEDY = Sampling(temperature=0, logprobs=True, top_logprobs=2)
 SAMPLED = Sampling(seed=3, top_k=40, top_p=0.9, repetition_penalty=1.1)
@@ -47,7 +49,7 @@ def loaded(folder, mesh):
 
 
 def main(address, count, index, jobs, out):
-    place = hosts.Place(address, int(count), int(index))
+    place = cluster.Place(address, int(count), int(index))
     found = []
     with hosts.together(place, {"jobs": jobs}, 60):
         for job in json.loads(jobs):

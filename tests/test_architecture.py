@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gptoss_jax"
 
 FLOORS = [
-    {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "hosts", "libtpu"},
+    {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "cluster", "hosts", "libtpu"},
     {"kernels", "ops"},
     {"cache", "model", "lora"},
     {"checkpoint", "hub", "tokenizer", "adapters"},
@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Imports inside one floor that have a reason: the lower room comes second.
 SAME_FLOOR = {
-    ("config", "errors"), ("dims", "config"), ("mxfp4", "errors"), ("hf_names", "errors"), ("sharding", "errors"), ("hosts", "errors"),
+    ("config", "errors"), ("dims", "config"), ("mxfp4", "errors"), ("hf_names", "errors"), ("sharding", "errors"), ("cluster", "errors"), ("hosts", "errors"), ("hosts", "cluster"),
     ("hf_names", "config"), ("hf_names", "mxfp4"), ("hf_names", "dims"), ("sharding", "dims"), ("sharding", "config"),
     ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("checkpoint", "hub"),
     ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"), ("completions", "sampling"), ("completions", "stops"), ("engine", "completions"), ("batching", "completions"),

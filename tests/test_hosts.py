@@ -22,11 +22,11 @@ from gptoss_jax import checkpoint, convert, engine, hosts, sharding
 from gptoss_jax.cli import processes
 from gptoss_jax.cli.generate import Arguments
 from gptoss_jax.cli.loading import ModelArguments
+from gptoss_jax.cluster import Place
 from gptoss_jax.errors import GptOssError
 
 TINY = Path(engine.__file__).parent / "assets" / "gpt-oss-tiny"
 GPTOSS = ("-m", "gptoss_jax.cli.main")
-CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JOB_", "KUBERNETES_")
 
 
 def free_port():
@@ -36,7 +36,11 @@ def free_port():
 
 def start(*words, devices=4):
     """A process of simulated devices; its output and errors are read by `end`."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS)}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(hosts_program.CLUSTERS)
+    }
     environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environ["JAX_PLATFORMS"] = "cpu"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -244,7 +248,7 @@ def met(places, settings, timeout=10):
 
 def test_settings_that_differ_are_named_in_all():
     address = f"127.0.0.1:{free_port()}"
-    places = [hosts.Place(address, 3, i) for i in range(3)]
+    places = [Place(address, 3, i) for i in range(3)]
     assert met(places, [{"--mesh": "expert=8"}] * 3) == [None] * 3
     settings = [{"--mesh": "expert=8"}, {"--mesh": "expert=8"}, {"--mesh": None}]
     message = (
@@ -255,7 +259,7 @@ def test_settings_that_differ_are_named_in_all():
 
 def test_who_is_missing_is_named_in_all():
     address = f"127.0.0.1:{free_port()}"
-    places = [hosts.Place(address, 4, i) for i in (0, 2)]
+    places = [Place(address, 4, i) for i in (0, 2)]
     message = (
         f"2 of 4 processes came to {address}, missing 1, 3: start all with the same --num-processes"
     )
@@ -264,7 +268,7 @@ def test_who_is_missing_is_named_in_all():
 
 def test_two_of_the_same_number_are_refused():
     address = f"127.0.0.1:{free_port()}"
-    places = [hosts.Place(address, 3, i) for i in (0, 1, 1)]
+    places = [Place(address, 3, i) for i in (0, 1, 1)]
     message = (
         "two processes were started with --process-id 1 (the second from 127.0.0.1): "
         "give each its own, 0 to 2"
@@ -273,7 +277,7 @@ def test_two_of_the_same_number_are_refused():
 
 
 def test_nobody_is_there():
-    place = hosts.Place(f"127.0.0.1:{free_port()}", 2, 1)
+    place = Place(f"127.0.0.1:{free_port()}", 2, 1)
     with pytest.raises(GptOssError) as error:
         hosts._call(place, time.monotonic() + 0.5)
     assert str(error.value) == (
@@ -287,7 +291,7 @@ def test_a_stranger_is_not_let_in():
     found = []
 
     def answer():
-        found.append(hosts._answer(hosts.Place(address, 2, 0), time.monotonic() + 20))
+        found.append(hosts._answer(Place(address, 2, 0), time.monotonic() + 20))
 
     thread = threading.Thread(target=answer)
     thread.start()
@@ -299,7 +303,7 @@ def test_a_stranger_is_not_let_in():
                 break
         except ConnectionRefusedError:
             time.sleep(0.05)
-    ours = hosts._call(hosts.Place(address, 2, 1), time.monotonic() + 10)
+    ours = hosts._call(Place(address, 2, 1), time.monotonic() + 10)
     thread.join()
     assert list(found[0]) == [1]
     ours[0].close()
@@ -310,86 +314,11 @@ def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(GptOssError) as error:
-            hosts._answer(hosts.Place(f"here:{port}", 2, 0), time.monotonic() + 1)
+            hosts._answer(Place(f"here:{port}", 2, 0), time.monotonic() + 1)
     assert str(error.value) == (
         f"process 0 cannot take port {port} of here:{port} (Address already in use): "
         "choose another port, in all processes"
     )
-
-
-SLURM = {
-    "SLURM_JOB_ID": "4097",
-    "SLURM_STEP_NODELIST": "node[003-004]",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
-OMPI = {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-}
-
-
-@pytest.mark.parametrize(
-    ("environ", "given", "expected"),
-    [
-        ({}, (None, None, None), None),
-        ({}, ("10.0.0.1:99", 2, 1), hosts.Place("10.0.0.1:99", 2, 1)),
-        ({"JAX_COORDINATOR_ADDRESS": "a:9"}, (None, 2, 0), hosts.Place("a:9", 2, 0)),
-        ({"JAX_LOCAL_DEVICE_IDS": "2,3"}, ("a:9", 2, 0), hosts.Place("a:9", 2, 0, (2, 3))),
-        (SLURM, (None, None, None), hosts.Place("node003:61441", 2, 1, (0,))),
-        (SLURM, (None, 1, None), None),
-        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (None, None, None), None),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
-        ({**SLURM, "JAX_COORDINATOR_PORT": "7"}, (None, None, None), hosts.Place("node003:7", 2, 1, (0,))),
-        (OMPI, (None, None, None), hosts.Place("10.96.0.1:62624", 4, 2, (1,))),
-        # Colab, Kaggle: one host, no metadata server; a pod that is no indexed Job
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, (None, None, None), None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, (None, None, None), None),
-    ],
-)  # fmt: skip
-def test_places(monkeypatch, environ, given, expected):
-    for name in list(os.environ):
-        if name.startswith(CLUSTERS) and name != "JAX_PLATFORMS":
-            monkeypatch.delenv(name)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert hosts.find(*given) == expected
-
-
-def test_a_tpu_slice_of_several_hosts(monkeypatch):
-    """As on GKE; a CPU run on its hosts is alone."""
-    import jax
-    from jax._src.clusters import cloud_tpu_cluster as tpu
-
-    monkeypatch.setattr(tpu, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(tpu, "get_metadata", lambda key: ("", 404))
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,t1v-1,t1v-2")
-    monkeypatch.setenv("TPU_WORKER_ID", "2")
-    assert hosts.find() is None
-    monkeypatch.setattr(hosts, "_platforms", lambda: ("tpu", "cpu"))
-    assert hosts.find() == hosts.Place("localhost:8482", 3, 2)
-    assert jax.config.jax_platforms == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            (None, 2, None),
-            "coordinator address None, number of processes 2, process id None: no cluster was found "
-            "that knows the rest, give all three (or --num-processes 1)",
-        ),
-        (("a:9", 2, 2), "process id 2 of 2 processes: expected 0 to 1"),
-        (("nowhere", 2, 1), "coordinator address 'nowhere': expected HOST:PORT of process 0"),
-    ],
-)
-def test_places_that_are_refused(given, message):
-    with pytest.raises(GptOssError) as error:
-        hosts.find(*given)
-    assert str(error.value) == message
 
 
 def test_alone_nothing_happens(monkeypatch):

@@ -28,9 +28,9 @@ def together(verb: str, arguments: Any) -> Iterator[None]:
     if not isinstance(model, ModelArguments):
         yield
         return
-    from gptoss_jax import __version__, hosts
+    from gptoss_jax import __version__, cluster, hosts
 
-    place = hosts.find(model.coordinator_address, model.num_processes, model.process_id)
+    place = cluster.find(model.coordinator_address, model.num_processes, model.process_id)
     if place is None:
         yield
         return
