@@ -53,7 +53,7 @@ def ours(wide: bool, rows: int, length: int):
         model = engine.load()
         config, params = model.config, model.params
     settings = Settings(lora=LORA, optimizer=OptimizerSettings(), remat=wide)
-    state = jax.tree.map(jnp.copy, new_state(lora.init(config, LORA, jax.random.key(0)), settings))
+    state = new_state(lora.init(config, LORA, jax.random.key(0)), settings)
     update = jax.jit(
         make_step(config, settings, 100, jnp.bfloat16 if wide else jnp.float32), donate_argnums=0
     )
