@@ -395,4 +395,4 @@ class AgainstADict(RuleBasedStateMachine):
 
 
 TestAgainstADict = AgainstADict.TestCase
-TestAgainstADict.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestAgainstADict.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
