@@ -16,7 +16,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from gptoss_jax.batching.requests import (
     BatchingEngine,
@@ -67,7 +67,6 @@ class Turn:
       tool_choice: "auto", "none" (the model does not see the tools), "required", or
         "functions.NAME" for that one.
       parallel_tool_calls: False ends the answer after its first call.
-      strict: Names of tools whose arguments must fit their schema under "auto" too.
       guide: What the final answer must match; not together with a response_format.
       sampling: n completions; logprobs are reported for what the user sees.
       stop: Strings that end the visible text (final and preambles) and are not part of it.
@@ -81,7 +80,6 @@ class Turn:
     settings: ChatSettings = dataclasses.field(default_factory=ChatSettings)
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    strict: Collection[str] = ()
     guide: Guide | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
@@ -213,9 +211,16 @@ Event = (
 )
 
 
-async def begin(engine: BatchingEngine, turn: Turn) -> "Running":
+async def begin(
+    engine: BatchingEngine, turn: Turn, observe: Callable[[int, Piece], None] | None = None
+) -> "Running":
     """Renders the turn, compiles its grammar and hands it to the engine; returns before the first
     token.
+
+    Args:
+      engine: Makes the tokens.
+      turn: What to answer.
+      observe: Called with every piece as it is read, and its completion's number.
 
     Raises:
       ContextTooLong: The conversation leaves no room for an answer.
@@ -223,7 +228,7 @@ async def begin(engine: BatchingEngine, turn: Turn) -> "Running":
       Busy, Closing: As BatchingEngine.submit.
     """
     request = await asyncio.to_thread(_request, engine, turn)
-    return Running(engine, turn, request)
+    return Running(engine, turn, request, observe)
 
 
 class Running:
@@ -233,7 +238,13 @@ class Running:
     Raises TimedOut, Closing (the server's end cut it), or EngineFailed from the iteration.
     """
 
-    def __init__(self, engine: BatchingEngine, turn: Turn, request: Request):
+    def __init__(
+        self,
+        engine: BatchingEngine,
+        turn: Turn,
+        request: Request,
+        observe: Callable[[int, Piece], None] | None = None,
+    ):
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
         def listen(completion: int, came: Piece | Failure) -> None:
@@ -247,8 +258,14 @@ class Running:
         self._readings = [
             _Reading(engine.tokenizer, turn, self.prompt_tokens) for _ in range(turn.sampling.n)
         ]
-        self._generation = engine.submit(request, listen)
+        self._observe = observe or (lambda completion, piece: None)
         self._closed = False
+        self._generation = engine.submit(request, listen)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read again; known from the first event on."""
+        return self._generation.cached_tokens
 
     def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         return self._events()
@@ -271,6 +288,7 @@ class Running:
                     if isinstance(came.error, GptOssError):
                         raise came.error
                     raise EngineFailed(f"the engine failed: {came.error}") from came.error
+                self._observe(number, came)
                 events = reading.feed(came, self._generation.cached_tokens)
                 if reading.finished and came.finish_reason is None:
                     self._generation.cancel(number)
@@ -321,7 +339,7 @@ def _request(engine: BatchingEngine, turn: Turn) -> Request:
 def _masks(tokenizer: Tokenizer, turn: Turn) -> Sequence[TokenMask]:
     """One constraint for each completion, or none where nothing is asked for."""
     forced = turn.tool_choice not in ("auto", "none")
-    strict = turn.functions & set(turn.strict)
+    strict = any(tool.strict for tool in turn.settings.tools if tool.name in turn.functions)
     if not (forced or strict or turn.guide or turn.settings.response_format):
         return ()
     try:

@@ -1,0 +1,73 @@
+"""What the server's owner decides: keys, limits, dates."""
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+
+from gptoss_jax.errors import GptOssError
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+    """How the server behaves.
+
+    Attributes:
+      api_keys: Keys that open every route but /health; none of them: no key is asked for.
+      date: "YYYY-MM-DD" that the model is told. None: the day on which the request comes, in the
+        server's time zone; all cached prefixes change at midnight then.
+      cors_origins: Origins whose pages may call; none by default.
+      max_body_bytes: Larger bodies are refused while they are read.
+      body_seconds: Longest wait for a body.
+      max_messages: Messages of one conversation.
+      max_n: Completions of one prompt.
+      max_prompts: Prompts of one /v1/completions request.
+      max_top_logprobs: Likeliest tokens reported at each place.
+      max_stops: Stop strings.
+      max_stop_length: Characters of a stop string.
+      max_tools: Tools of one request.
+      max_schema_bytes: Of a JSON schema, regex, grammar or list of choices, each.
+      max_schema_depth: Nesting of a JSON schema.
+      request_seconds: Longest answer, the wait in the queue included.
+      drain_seconds: How long SIGTERM lets running requests finish.
+      keepalive_seconds: A comment is sent on a stream that has been silent for so long.
+      allow_control_tokens: /v1/completions accepts control tokens as ids.
+      log: One line a request on stdout.
+    """
+
+    api_keys: Sequence[str] = ()
+    date: str | None = None
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 16 * 2**20
+    body_seconds: float = 60.0
+    max_messages: int = 2048
+    max_n: int = 64
+    max_prompts: int = 64
+    max_top_logprobs: int = 20
+    max_stops: int = 16
+    max_stop_length: int = 256
+    max_tools: int = 128
+    max_schema_bytes: int = 256 * 1024
+    max_schema_depth: int = 32
+    request_seconds: float = 1800.0
+    drain_seconds: float = 30.0
+    keepalive_seconds: float = 15.0
+    allow_control_tokens: bool = False
+    log: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and (value < 0 or (value == 0 and field.name != "drain_seconds")):
+                raise GptOssError(f"{field.name} is {value}: expected a positive number")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+            raise GptOssError("an API key is empty or not printable ASCII: use letters and digits")
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                raise GptOssError(f"expected a date as YYYY-MM-DD, got {self.date!r}") from None
+
+    def today(self) -> str:
+        """The date that the model is told now."""
+        return self.date or datetime.date.today().isoformat()
