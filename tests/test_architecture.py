@@ -38,6 +38,7 @@ WALLS = {
     "safetensors": {"checkpoint", "convert", "train"},
     "tiktoken": {"tokenizer"},
     "openai_harmony": {"chat"},
+    "llguidance": {"chat"},
     "huggingface_hub": {"hub"},
     "fastapi": {"server"},
     "optax": {"train"},
