@@ -25,6 +25,7 @@ from gptoss_jax.batching.requests import (
     Request,
     TokenMask,
 )
+from gptoss_jax.chat.grammar import Choice, Lark, Regex, Structure, completion_grammar
 from gptoss_jax.chat.messages import ChatSettings, Message
 from gptoss_jax.chat.parse import Delta, MessageEnd, MessageStart, Parser
 from gptoss_jax.chat.render import render
@@ -342,17 +343,17 @@ def _masks(tokenizer: Tokenizer, turn: Turn) -> Sequence[TokenMask]:
     strict = any(tool.strict for tool in turn.settings.tools if tool.name in turn.functions)
     if not (forced or strict or turn.guide or turn.settings.response_format):
         return ()
-    try:
-        from gptoss_jax.chat.grammar import completion_grammar  # pyright: ignore
-    except ImportError:
-        raise GptOssError(
-            "constrained answers need llguidance: pip install 'gptoss_jax[serve]'"
-        ) from None
+    structure = turn.settings.response_format
+    if turn.guide is not None:
+        kinds: dict[str, Callable[..., Structure]]
+        kinds = {"regex": Regex, "choice": Choice, "grammar": Lark}
+        structure = kinds[turn.guide.kind](turn.guide.value)
     grammar = completion_grammar(
         tokenizer,
         () if turn.tool_choice == "none" else turn.settings.tools,
         turn.tool_choice,
-        turn.guide or turn.settings.response_format,
+        structure,
+        parallel=turn.parallel_tool_calls,
     )
     return () if grammar is None else [grammar.mask() for _ in range(turn.sampling.n)]
 
