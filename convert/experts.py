@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -39,13 +41,17 @@ def _unpacked(blocks: Stored, scales: Stored) -> Stored:
 
 
 def pack(arrays: list[Stored]) -> list[Stored]:
-    """bfloat16 experts as MXFP4 by the search of mxfp4.pack; other arrays as they are.
+    """bfloat16 experts as MXFP4 by the search of `mxfp4.encode`; other arrays as they are.
 
     Args:
       arrays: A model with unpacked experts.
 
     Returns:
-      The model with blocks, then scales, in the place of each.
+      The model with blocks, then scales, in the place of each. Reading them raises GptOssError
+      where values are not finite.
+
+    Raises:
+      GptOssError: A row cannot be cut into blocks.
     """
     found = []
     for array in arrays:
@@ -54,9 +60,40 @@ def pack(arrays: list[Stored]) -> list[Stored]:
 
 
 def _packed(array: Stored) -> list[Stored]:
-    return packed_by(
-        array.path, array.shape, lambda row: mxfp4.pack(array.read(slice(row, row + 1)))
-    )
+    mxfp4.check_blocks(array.shape)
+
+    def one(row: int) -> mxfp4.MxTensor:
+        return encoded(array.read(slice(row, row + 1)), f"{named(array.path)}, expert {row}")
+
+    return packed_by(array.path, array.shape, one)
+
+
+def encoded(values: np.ndarray, name: str) -> mxfp4.MxTensor:
+    """Values packed on the device.
+
+    Args:
+      values: [..., I], I a multiple of 32.
+      name: For the message.
+
+    Returns:
+      MxTensor of numpy arrays.
+
+    Raises:
+      GptOssError: A value is not finite.
+    """
+    tensor, finite = _encode(jnp.asarray(values))
+    mxfp4.check_finite(finite, name)
+    return jax.tree.map(np.asarray, tensor)
+
+
+@jax.jit
+def _encode(x: jax.Array) -> tuple[mxfp4.MxTensor, jax.Array]:
+    return mxfp4.encode(x), jnp.isfinite(x).all()
+
+
+def named(path: hf_names.Path) -> str:
+    """A parameter's path as messages and reports have it."""
+    return ".".join(map(str, path))
 
 
 def packed_by(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gptoss_jax.convert import export
-from gptoss_jax.convert.experts import packed_by, unpack
+from gptoss_jax.convert.experts import encoded, named, packed_by, unpack
 
 from gptoss_jax import adapters, checkpoint, lora, mxfp4, tokenizer
 from gptoss_jax.adapters.form import Adapter
@@ -181,15 +181,18 @@ def _packed(path: tuple, by_path: dict, pair: Any, scale: float, sums: dict) -> 
     if plain is None:
         shape = (*shape[:-1], shape[-1] * mxfp4.BLOCK)
 
+    mxfp4.check_blocks(shape)
+    name = named(path)
+
     def one(row: int) -> MxTensor:
         rows = slice(row, row + 1)
-        parts = [array.read(rows)[0] for array in held]
-        weight: Any = parts[0] if plain is not None else MxTensor(*parts)
-        if pair is None:
-            return jax.tree.map(lambda x: np.asarray(x)[None], mxfp4.encode(jnp.asarray(weight)))
+        parts = [array.read(rows) for array in held]
+        if pair is None:  # held in bfloat16
+            return encoded(parts[0], f"{name}, expert {row}")
+        weight: Any = parts[0][0] if plain is not None else MxTensor(*(part[0] for part in parts))
         b = jnp.asarray(pair["b"][row]) * scale
-        found, counted = _round_one(weight, jnp.asarray(pair["a"][row]), b, product)
-        name = ".".join(map(str, path))
+        found, counted, finite = _round_one(weight, jnp.asarray(pair["a"][row]), b, product)
+        mxfp4.check_finite(finite, f"{name}, expert {row} with the adapter")
         sums[name] = sums.get(name, 0) + np.asarray(counted, np.float64)
         return jax.tree.map(lambda x: np.asarray(x)[None], found)
 
@@ -198,8 +201,8 @@ def _packed(path: tuple, by_path: dict, pair: Any, scale: float, sums: dict) -> 
 
 @functools.partial(jax.jit, static_argnames="product")
 def _round_one(weight: MxTensor | jax.Array, a, b, product: str):
-    """An expert's merged weight packed, and four sums: kept change times wanted change, wanted
-    change squared, rounding error squared, wanted weights squared.
+    """An expert's merged weight packed; four sums: kept change times wanted change, wanted change
+    squared, rounding error squared, wanted weights squared; whether all of it is finite.
     """
     base = weight.dequantize(jnp.float32) if isinstance(weight, MxTensor) else weight
     base = base.astype(jnp.float32)
@@ -208,7 +211,7 @@ def _round_one(weight: MxTensor | jax.Array, a, b, product: str):
     got = packed.dequantize(jnp.float32)
     change = wanted - base
     parts = (got - base) * change, change**2, (got - wanted) ** 2, wanted**2
-    return packed, jnp.stack([part.sum() for part in parts])
+    return packed, jnp.stack([part.sum() for part in parts]), jnp.isfinite(wanted).all()
 
 
 def _report(sums: dict[str, np.ndarray]) -> Kept:

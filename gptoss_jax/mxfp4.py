@@ -113,12 +113,36 @@ def decode(blocks, scales, dtype=jnp.bfloat16) -> jax.Array:
     Returns:
       [..., 32 U] of `dtype`.
     """
-    codes = jnp.stack([blocks & 0xF, blocks >> 4], axis=-1).astype(jnp.int32)  # [..., U, 16, 2]
+    values = jax.lax.platform_dependent(blocks, scales, cpu=_decode_words, default=_decode_pairs)
+    return values.reshape(*blocks.shape[:-2], -1).astype(dtype)
+
+
+def _decode_pairs(blocks, scales) -> jax.Array:
+    """bfloat16 [..., U, 16, 2]."""
+    codes = jnp.stack([blocks & 0xF, blocks >> 4], axis=-1)
+    return _values(codes, half_scale(scales)[..., None, None]).astype(jnp.bfloat16)
+
+
+def _decode_words(blocks, scales) -> jax.Array:
+    """`_decode_pairs`, both values of a byte in one 32-bit word: XLA's CPU compiler does not make
+    vectors of the stack, and takes six times as long where the expert is chosen by an index.
+    """
+    scale = half_scale(scales)[..., None]
+    low, high = (
+        jax.lax.bitcast_convert_type(_values(codes, scale), jnp.uint32)
+        for codes in (blocks & 0xF, blocks >> 4)
+    )
+    words = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return jax.lax.bitcast_convert_type(words, jnp.bfloat16)
+
+
+def _values(codes, half_scale) -> jax.Array:
+    """float32 of 4-bit codes, exact in bfloat16."""
+    codes = codes.astype(jnp.int32)
     magnitude = codes & 7
     halves = magnitude + jnp.maximum(magnitude - 4, 0) + 2 * jnp.maximum(magnitude - 6, 0)
     signed = jnp.where(codes >= 8, -halves.astype(jnp.float32), halves.astype(jnp.float32))
-    values = signed * half_scale(scales)[..., None, None]
-    return values.reshape(*blocks.shape[:-2], -1).astype(dtype)
+    return signed * half_scale
 
 
 def half_scale(scales) -> Float[Array, "..."]:
@@ -165,6 +189,34 @@ def check_scales(scales: np.ndarray, name: str = "tensor") -> None:
         )
 
 
+def check_blocks(shape: tuple[int, ...]) -> None:
+    """Refuses shapes whose last axis cannot be cut into blocks.
+
+    Raises:
+      GptOssError: It is no multiple of 32.
+    """
+    if shape[-1] % BLOCK:
+        raise GptOssError(
+            f"last axis of {shape} is no multiple of {BLOCK}: MXFP4 blocks cannot be formed"
+        )
+
+
+def check_finite(finite: bool | np.bool_ | jax.Array, name: str = "values to pack") -> None:
+    """Refuses what MXFP4 cannot hold.
+
+    Args:
+      finite: Whether all values are.
+      name: Of the tensor.
+
+    Raises:
+      GptOssError: They are not.
+    """
+    if not finite:
+        raise GptOssError(
+            f"{name}: NaN or infinity, and MXFP4 has neither: correct the weights, or keep bfloat16"
+        )
+
+
 def _round(x: jax.Array, offsets: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """The nearest MXFP4 blocks: signed halves (float32 [..., U, 32], value = halves 2^(s - 128)),
     and biased scales s (int32 [..., U]).
@@ -175,15 +227,16 @@ def _round(x: jax.Array, offsets: tuple[int, ...]) -> tuple[jax.Array, jax.Array
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
     magnitude = jnp.abs(grouped)
     bits = jax.lax.bitcast_convert_type(magnitude.max(-1), jnp.int32)
-    base = (bits >> 23) - 2  # the scale that makes the largest value 4 to 8
+    # the scale that makes the largest value 4 to 8
+    base = jnp.clip((bits >> 23) - 2, 2, SCALE_NAN - 1)
     best: tuple[jax.Array, ...] | None = None
     for offset in offsets:
         scale = jnp.clip(base + offset, 2, SCALE_NAN - 1)
-        step = half_scale(scale)[..., None]
-        halves = magnitude / step
-        grid = jnp.where(halves < 4, 1.0, jnp.where(halves < 8, 2.0, 4.0))
-        halves = jnp.minimum(jnp.round(halves / grid) * grid, 12.0)
-        error = ((halves * step - magnitude) ** 2).sum(-1)
+        wanted = magnitude / half_scale(scale)[..., None]
+        grid = jnp.where(wanted < 4, 1.0, jnp.where(wanted < 8, 2.0, 4.0))
+        halves = jnp.minimum(jnp.round(wanted / grid) * grid, 12.0)
+        # in units of base: squares of the values themselves would leave float32's range
+        error = ((halves - wanted) ** 2).sum(-1) * half_scale(2 * (scale - base) + 128)
         if best is None:
             best = halves, scale, error
             continue
@@ -223,7 +276,15 @@ nearest.defvjp(
 
 @jax.jit
 def encode(x: Float[Array, "*batch I"]) -> MxTensor:
-    """`pack` on the device: the same bytes, faster; refuses nothing."""
+    """`pack` on the device, faster; refuses nothing.
+
+    The same bytes for blocks whose largest value is 2^-120 or more (the device has no subnormals).
+    Errors are summed in float32, there in float64: of two scales that are equally good to seven
+    digits each may take another, in 1 of 2,073,600 blocks of normal bfloat16 values.
+
+    Args:
+      x: Finite values; I a multiple of 32 (`check_blocks`, `check_finite`).
+    """
     halves, scale = _round(x, (-1, 0, 1))
     size = jnp.abs(halves)
     codes = jnp.where(size <= 4, size, jnp.where(size == 6, 5.0, jnp.where(size == 8, 6.0, 7.0)))
@@ -258,12 +319,8 @@ def pack(values: np.ndarray) -> MxTensor:
       GptOssError: I is no multiple of 32, or a value is not finite.
     """
     values = np.asarray(values, np.float32)
-    if values.shape[-1] % BLOCK:
-        raise GptOssError(
-            f"last axis of {values.shape} is no multiple of {BLOCK}: MXFP4 blocks cannot be formed"
-        )
-    if not np.isfinite(values).all():
-        raise GptOssError("values to pack hold NaN or infinity: MXFP4 has neither")
+    check_blocks(values.shape)
+    check_finite(np.isfinite(values).all())
     grouped = values.reshape(*values.shape[:-1], -1, BLOCK)
     magnitudes, largest = np.abs(grouped), np.abs(grouped).max(-1)
     base = np.floor(np.log2(np.where(largest > 0, largest, 1.0))).astype(np.int32) - 2

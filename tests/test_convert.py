@@ -100,6 +100,21 @@ def test_bfloat16_is_packed_with_a_notice(folders, tmp_path):
             np.testing.assert_array_equal(packed.dequantize(jnp.float32), value)
 
 
+def test_experts_that_mxfp4_cannot_hold_are_refused_by_name(folders, tmp_path):
+    source = shutil.copytree(folders["bf16"], tmp_path / "bf16")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.down_proj"][2, 5, 7] = np.inf
+    save_file(tensors, file)
+    with pytest.raises(GptOssError) as error:
+        convert(source, tmp_path / "hf", to="hf", dtype="mxfp4", notice=str)
+    assert str(error.value) == (
+        "layers.1.mlp.down, expert 2: NaN or infinity, and MXFP4 has neither: correct the "
+        "weights, or keep bfloat16"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
+
+
 def test_shards_and_index_are_what_the_library_reads(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
     convert(folders["orbax"], tmp_path / "hf", to="hf", notice=_silent)

@@ -146,6 +146,27 @@ def test_rounding_experts_is_asked_for_and_reported(place, tmp_path):
     assert 0.2 < kept.change < 1.2
 
 
+@pytest.mark.parametrize("config", [ATTENTION, ALL], ids=["attention", "all"])
+def test_weights_that_mxfp4_cannot_hold_are_refused_by_name(tmp_path, config):
+    """Whether the adapter changes them or not."""
+    params = dense(tiny.params())
+    mlp = params["layers"][1]["mlp"]
+    damaged = {**mlp, "down": mlp["down"].at[3, 2, 1].set(jnp.nan)}
+    layers = {**params["layers"], 1: {**params["layers"][1], "mlp": damaged}}
+    (tmp_path / "base").mkdir()
+    export.write(tmp_path / "base", CONFIG, stored_tree({**params, "layers": layers}))
+    adapters.save(tmp_path / "adapter", drawn(config), config, CONFIG)
+    with pytest.raises(GptOssError, match=r"^layers\.1\.mlp\.down, expert 3.*: NaN or infinity"):
+        merge(
+            tmp_path / "base",
+            tmp_path / "out",
+            tmp_path / "adapter",
+            dtype="mxfp4",
+            requantize=True,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_small_change_does_not_survive_rounding(place, tmp_path):
     """The reason for --requantize: 0.1 % of it is left, and the report says so."""
     small = dataclasses.replace(ROUNDED, alpha=0.2, quantization_aware=False)

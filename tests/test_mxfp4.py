@@ -73,6 +73,33 @@ def test_pack_finds_the_best_scale(values):
     assert error <= best * (1 + 1e-6) + 1e-30
 
 
+def same_bytes(values):
+    packed, encoded = mxfp4.pack(np.asarray(values, np.float32)), mxfp4.encode(jnp.asarray(values))
+    np.testing.assert_array_equal(np.asarray(encoded.scales), packed.scales)
+    np.testing.assert_array_equal(np.asarray(encoded.blocks), packed.blocks)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_the_device_packs_the_same_bytes(dtype):
+    """Blocks of every size that the device's numbers reach, of normal and of heavy-tailed values,
+    of few values and none.
+    """
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((4000, 96)) * generator.choice([0.01, 1], (4000, 96))
+    values[::3] **= 3
+    values[::7] *= generator.random((len(values[::7]), 96)) < 0.05
+    values = values.reshape(4000, 3, 32)
+    values /= np.maximum(np.abs(values).max(-1, keepdims=True), 1e-30)
+    values *= 2.0 ** generator.uniform(-120, 127, (4000, 3, 1))
+    same_bytes(values.reshape(4000, 96).astype(dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, (1, 32), elements=st.floats(-6e4, 6e4, width=16)))
+def test_the_device_packs_the_same_bytes_of_halves(values):
+    same_bytes(values)
+
+
 def test_pack_gives_mxfp4_values_back():
     blocks, scales = random_bytes((7, 5))
     values = mxfp4.unpack(blocks, scales)
