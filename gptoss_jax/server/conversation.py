@@ -25,7 +25,7 @@ from gptoss_jax.batching.requests import (
     Request,
     TokenMask,
 )
-from gptoss_jax.chat.grammar import Choice, Lark, Regex, Structure, completion_grammar
+from gptoss_jax.chat.grammar import Choice, Lark, Regex, completion_grammar
 from gptoss_jax.chat.messages import ChatSettings, Message
 from gptoss_jax.chat.parse import Delta, MessageEnd, MessageStart, Parser
 from gptoss_jax.chat.render import render
@@ -50,15 +50,6 @@ class EngineFailed(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Guide:
-    """What the final answer must match, where that is no JSON schema: `kind` is "regex", "choice"
-    (value: a tuple of strings) or "grammar" (value: Lark)."""
-
-    kind: str
-    value: str | tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Turn:
     """What to answer, and how.
 
@@ -68,7 +59,7 @@ class Turn:
       tool_choice: "auto", "none" (the model does not see the tools), "required", or
         "functions.NAME" for that one.
       parallel_tool_calls: False ends the answer after its first call.
-      guide: What the final answer must match; not together with a response_format.
+      guide: What the answer must match, where that is no JSON schema.
       sampling: n completions; logprobs are reported for what the user sees.
       stop: Strings that end the visible text (final and preambles) and are not part of it.
       max_new_tokens: Most tokens of each completion, reasoning included.
@@ -81,7 +72,7 @@ class Turn:
     settings: ChatSettings = dataclasses.field(default_factory=ChatSettings)
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    guide: Guide | None = None
+    guide: Regex | Choice | Lark | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
     max_new_tokens: int | None = None
@@ -339,21 +330,13 @@ def _request(engine: BatchingEngine, turn: Turn) -> Request:
 
 def _masks(tokenizer: Tokenizer, turn: Turn) -> Sequence[TokenMask]:
     """One constraint for each completion, or none where nothing is asked for."""
-    forced = turn.tool_choice not in ("auto", "none")
-    strict = any(tool.strict for tool in turn.settings.tools if tool.name in turn.functions)
-    if not (forced or strict or turn.guide or turn.settings.response_format):
-        return ()
-    structure = turn.settings.response_format
-    if turn.guide is not None:
-        kinds: dict[str, Callable[..., Structure]]
-        kinds = {"regex": Regex, "choice": Choice, "grammar": Lark}
-        structure = kinds[turn.guide.kind](turn.guide.value)
+    named = turn.tool_choice.startswith("functions.")
     grammar = completion_grammar(
         tokenizer,
-        () if turn.tool_choice == "none" else turn.settings.tools,
+        turn.settings.tools,
         turn.tool_choice,
-        structure,
-        parallel=turn.parallel_tool_calls,
+        turn.guide or turn.settings.response_format,
+        parallel=turn.parallel_tool_calls and not named,
     )
     return () if grammar is None else [grammar.mask() for _ in range(turn.sampling.n)]
 

@@ -94,7 +94,7 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
-        return of_faults(error.errors())
+        return of_faults(error.errors(), error.body)
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
@@ -158,28 +158,48 @@ REFUSED: dict[str, str] = {
 """Known names of other servers and of OpenAI's other models: why they are not accepted here."""
 
 
-def of_faults(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The error that validation's first fault makes; values that were sent are not repeated."""
-    fault = faults[0]
-    place = [str(part) for part in fault["loc"]]
-    place = place[1:] if place[:1] in (["body"], ["query"], ["path"], ["header"]) else place
-    param = ".".join(place) or None
-    kind = fault["type"]
+def of_faults(faults: Sequence[Mapping[str, Any]], body: Any = None) -> ApiError:
+    """The error that validation's most precise fault makes; values that were sent are not repeated.
+
+    Args:
+      faults: As pydantic lists them; of a union there are faults for each of its members.
+      body: What was sent.
+    """
+    fault = max(faults, key=lambda fault: len(fault["loc"]))
+    place = _place(fault, body)
+    param, kind = ".".join(place) or None, fault["type"]
     if kind == "extra_forbidden":
-        name = place[-1]
-        reason = REFUSED.get(name, "there is no such parameter here") if len(place) == 1 else None
-        reason = reason or "there is no such key here"
+        known = REFUSED.get(place[-1], "there is no such parameter here")
+        reason = known if len(place) == 1 else "there is no such key here"
         return bad(
             f"parameter {param!r} is not supported: {reason}", param, "unsupported_parameter"
         )
-    if kind == "json_invalid":
-        return bad("the body is not JSON: send one JSON object", code="invalid_json")
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if kind == "missing":
+    if kind == "missing" and param is not None:
         return bad(f"parameter {param!r} is required", param, "missing_required_parameter")
     if param is None:
-        return bad(f"the body: {message}")
+        return bad(
+            "the body is not one JSON object: send one, with Content-Type: application/json",
+            code="invalid_json",
+        )
+    message = str(fault["msg"]).removeprefix("Value error, ")
     return bad(f"parameter {param!r}: {message}", param, "invalid_value")
+
+
+def _place(fault: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in the body it is, without pydantic's names of the members of unions."""
+    parts, node, out = list(fault["loc"]), body, []
+    if parts[:1] and parts[0] in ("body", "query", "path", "header"):
+        parts = parts[1:]
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif not (last and fault["type"] == "missing"):
+            continue
+        out.append(str(part))
+    return [part[:64] for part in out]
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:

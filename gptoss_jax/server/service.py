@@ -6,8 +6,10 @@ Knows who asked for what and how long it took, never what was said.
 import dataclasses
 import datetime
 import secrets
+import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from fastapi import Request
 
@@ -15,9 +17,10 @@ from gptoss_jax.batching.requests import BatchingEngine
 from gptoss_jax.completions import Piece
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.server.conversation import Running, Turn, begin
-from gptoss_jax.server.errors import ApiError
+from gptoss_jax.server.errors import ApiError, of_exception
 from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.settings import ServerSettings
+from gptoss_jax.server.stream import ClientGone, EventStream, failed
 
 
 @dataclasses.dataclass
@@ -68,6 +71,7 @@ class Service:
         self.metrics = Metrics(engine)
         self.created = int(time.time())
         self.draining = False
+        self.running = 0  # requests that are being answered
         self._turns = 0
         if engine.name in engine.adapters:
             raise GptOssError(
@@ -84,20 +88,20 @@ class Service:
 
         Raises ApiError 404 (model_not_found) for a name that is not in `models`.
         """
-        record = self.record(request)
-        if model is None or model == self.engine.name:
-            record.model = self.engine.name
-            return None
-        if model not in self.engine.adapters:
-            raise ApiError(
-                404,
-                f"the model {model[:100]!r} does not exist here: use one of "
-                f"{', '.join(self.models)}",
-                "model",
-                "model_not_found",
-            )
-        record.model = model
-        return model
+        name = self.check_model(self.engine.name if model is None else model)
+        self.record(request).model = name
+        return None if name == self.engine.name else name
+
+    def check_model(self, model: str) -> str:
+        """The name if it is in `models`; else ApiError 404."""
+        if model in self.models:
+            return model
+        raise ApiError(
+            404,
+            f"the model {model[:100]!r} does not exist here: use one of {', '.join(self.models)}",
+            "model",
+            "model_not_found",
+        )
 
     def record(self, request: Request) -> Record:
         """The request's account."""
@@ -116,6 +120,22 @@ class Service:
         running = await begin(self.engine, turn, observe)
         record.prompt += running.prompt_tokens
         return running
+
+    def stream(
+        self,
+        request: Request,
+        events: AsyncIterator[bytes],
+        last: Callable[[ApiError], bytes] = failed,
+    ) -> EventStream:
+        """A stream of events whose end is in the account, however it comes."""
+        record = self.record(request)
+
+        def ended(error: BaseException) -> None:
+            record.finish.append("disconnected" if isinstance(error, ClientGone) else "error")
+            if of_exception(error).status_code == 500 and not isinstance(error, ClientGone):
+                report(error, record)
+
+        return EventStream(events, last, self.settings.keepalive_seconds, ended)
 
     def observer(self, record: Record):
         """What is to be called with (completion, piece) for every piece of one generation."""
@@ -145,3 +165,11 @@ class Service:
         record.finish.append(reason)
         record.cached = max(record.cached, cached)
         self.metrics.finished.labels(reason).inc()
+
+
+def report(error: BaseException, record: Record) -> None:
+    """Says where something broke, on stderr and for the owner: places, no values and no messages,
+    which could hold what was said."""
+    cause = error.__cause__ or error
+    places = "".join(traceback.format_tb(cause.__traceback__))
+    print(f"request {record.id}: {type(cause).__name__}\n{places}", file=sys.stderr, flush=True)
