@@ -2,7 +2,8 @@
 
 An explicit pytree, argument and result of the network and donated by the jitted steps. Keys are
 rotated before they are stored, so that the order of slots means nothing. Position p lives in slot p
-(full) or p % window (ring), and what a slot holds follows from the length alone.
+(full) or p % size (ring), and what a slot holds follows from the length alone. A row can be taken
+back to an earlier length: in a ring by as many tokens as it has slots more than the window.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ class KVCache:
     """Keys and values of all layers.
 
     Attributes:
-      keys: One [B, S, K, H] a layer; S is the window in sliding layers, the capacity in the others.
+      keys: One [B, S, K, H] a layer; S is the ring's size in sliding layers, the capacity in the
+        others.
       values: As keys.
       length_B: int32 [B], tokens stored for each row.
     """
@@ -35,7 +37,9 @@ class KVCache:
     length_B: jax.Array
 
 
-def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:
+def make_cache(
+    config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat16, slack: int = 0
+) -> KVCache:
     """Empty cache.
 
     Args:
@@ -43,6 +47,7 @@ def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat
       batch: Rows.
       capacity: Tokens that a full layer can hold, at most config.max_context.
       dtype: Of keys and values.
+      slack: Slots of a ring beyond the window: how many tokens a row can be taken back.
 
     Returns:
       The cache; for gpt-oss-20b in bfloat16 24 KiB a token and row, and 3 MiB a row for the rings.
@@ -57,9 +62,8 @@ def make_cache(config: GptOssConfig, batch: int, capacity: int, dtype=jnp.bfloat
         )
 
     def zeros():
-        lengths = (
-            config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types
-        )
+        ring = config.sliding_window + slack
+        lengths = (ring if kind == SLIDING else capacity for kind in config.layer_types)
         return tuple(
             jnp.zeros((batch, n, config.num_kv_heads, config.head_dim), dtype) for n in lengths
         )
@@ -74,20 +78,34 @@ def constrain(cache: KVCache) -> KVCache:
     return KVCache(keys, values, constrain_array(cache.length_B, "B"))
 
 
-def cache_bytes(config: GptOssConfig, batch: int, capacity: int, itemsize: int = 2) -> int:
+def cache_bytes(
+    config: GptOssConfig, batch: int, capacity: int, itemsize: int = 2, slack: int = 0
+) -> int:
     """Bytes of `make_cache`'s keys and values."""
-    slots = sum(
-        config.sliding_window if kind == SLIDING else capacity for kind in config.layer_types
-    )
+    ring = config.sliding_window + slack
+    slots = sum(ring if kind == SLIDING else capacity for kind in config.layer_types)
     return 2 * batch * slots * config.num_kv_heads * config.head_dim * itemsize
 
 
-def ring_positions(length_B: Int[Array, " B"], window: int) -> Int[Array, "B S"]:
+def ring_positions(length_B: Int[Array, " B"], size: int) -> Int[Array, "B S"]:
     """Position that each slot of a ring holds after `length` tokens, -1 for none."""
     last = (length_B - 1)[:, None]
-    slots = jnp.arange(window, dtype=jnp.int32)[None]
-    positions = last - (last - slots) % window
+    slots = jnp.arange(size, dtype=jnp.int32)[None]
+    positions = last - (last - slots) % size
     return jnp.where(length_B[:, None] > 0, jnp.maximum(positions, -1), -1)
+
+
+def last_of_ring(
+    stored_BSKH: Float[Array, "B S K H"], length_B: Int[Array, " B"], window: int
+) -> Float[Array, "B W K H"]:
+    """The last `window` positions of a ring, in order; what lies before position 0 is arbitrary."""
+    slots = last_positions(length_B, window) % stored_BSKH.shape[1]
+    return jnp.take_along_axis(stored_BSKH, slots[:, :, None, None], axis=1)
+
+
+def last_positions(length_B: Int[Array, " B"], window: int) -> Int[Array, "B W"]:
+    """The last `window` positions before `length`, negative before the first."""
+    return (length_B - window)[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
 
 
 def full_positions(length_B: Int[Array, " B"], capacity: int) -> Int[Array, "B S"]:
@@ -156,10 +174,10 @@ def full_slots(positions_BT: Int[Array, "B T"], capacity: int) -> Int[Array, "B 
 
 
 def ring_slots(
-    positions_BT: Int[Array, "B T"], length_B: Int[Array, " B"], window: int
+    positions_BT: Int[Array, "B T"], length_B: Int[Array, " B"], size: int
 ) -> Int[Array, "B T"]:
-    """Slots of a ring after which `length` tokens are known: only the last `window` positions are
+    """Slots of a ring after which `length` tokens are known: only the last `size` positions are
     stored.
     """
-    kept = (positions_BT >= 0) & (positions_BT >= length_B[:, None] - window)
-    return jnp.where(kept, positions_BT % window, window)
+    kept = (positions_BT >= 0) & (positions_BT >= length_B[:, None] - size)
+    return jnp.where(kept, positions_BT % size, size)

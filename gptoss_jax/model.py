@@ -122,7 +122,7 @@ class Attention(_Declared):
             known = kv.full_positions(span.length_B, size)
             return ops.attention(q, *new, sinks, positions, known), new
         if one:  # the ring then holds all that the query sees
-            known = kv.ring_positions(span.length_B, window)
+            known = kv.ring_positions(span.length_B, size)
             return ops.attention(q, *new, sinks, positions, known, window), new
         return self._band(q, k, v, stored, span), new
 
@@ -140,6 +140,9 @@ class Attention(_Declared):
                 segments = segments[0], jnp.pad(segments[1], pad)
         else:
             ring = kv.ring_positions(span.before_B, window)
+            if stored[0].shape[1] > window:  # the other slots are for rows that are taken back
+                ring = jnp.maximum(kv.last_positions(span.before_B, window), -1)
+                stored = tuple(kv.last_of_ring(x, span.before_B, window) for x in stored)
             before = jnp.concatenate([ring, span.known_BT], axis=1)
             keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip(stored, (k, v), strict=True)

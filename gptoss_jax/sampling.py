@@ -166,11 +166,13 @@ def sample(
     seen_BV: Int[Array, "B V"],
     counts_BV: Int[Array, "B V"],
     positions_B: Int[Array, " B"],
+    allowed_BW: UInt32[Array, "B W"] | None = None,
 ) -> Int[Array, " B"]:
     """Chooses a token for each row.
 
-    Penalties and bias come first, then temperature, top-k, top-p of what is left, min-p, and
-    Gumbel-max with the key folded from (seed, choice, position). Parts that no row asks for are
+    Penalties and bias come first, then temperature, top-k, top-p of what is left, min-p, what is
+    allowed, and Gumbel-max with the key folded from (seed, choice, position). So a choice made
+    without `allowed` is, if it is allowed, the choice with it. Parts that no row asks for are
     skipped at run time.
 
     Args:
@@ -179,6 +181,8 @@ def sample(
       seen_BV: int8, 1 where the prompt holds the token.
       counts_BV: int32, occurrences in the output.
       positions_B: Position of the token to be chosen.
+      allowed_BW: Bit t % 32 of word t // 32 says whether token t may be chosen; if none of those
+        that the filters keep may, the filters do not count. None allows all.
 
     Returns:
       int32 [B].
@@ -190,19 +194,31 @@ def sample(
         logits_BV = jax.lax.cond(
             adjusted.any(), lambda: _adjust(logits_BV, s, seen_BV, counts_BV), lambda: logits_BV
         )
-        greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        allowed_BV = None if allowed_BW is None else _bits(allowed_BW, logits_BV.shape[1])
+        best_BV = logits_BV if allowed_BV is None else jnp.where(allowed_BV, logits_BV, -jnp.inf)
+        greedy_B = jnp.argmax(best_BV, axis=-1).astype(jnp.int32)
 
         def draw():
             warm = s.temperature_B > 0
             scaled_BV = logits_BV / jnp.where(warm, s.temperature_B, 1.0)[:, None]
             filtered = warm & ((s.top_k_B > 0) | (s.top_p_B < 1) | (s.min_p_B > 0))
             kept_BV = jax.lax.cond(filtered.any(), lambda: _filter(scaled_BV, s), lambda: scaled_BV)
+            if allowed_BV is not None:
+                some_B = (allowed_BV & (kept_BV > -jnp.inf)).any(1)
+                kept_BV = jnp.where(some_B[:, None], kept_BV, scaled_BV)
+                kept_BV = jnp.where(allowed_BV, kept_BV, -jnp.inf)
             drawn_B = jnp.argmax(
                 kept_BV + _gumbel(s.keys_B2, positions_B, logits_BV.shape[1]), axis=-1
             )
             return jnp.where(warm, drawn_B.astype(jnp.int32), greedy_B)
 
         return jax.lax.cond((s.temperature_B > 0).any(), draw, lambda: greedy_B)
+
+
+def _bits(words_BW, size):
+    """bool [B, size]: bit t % 32 of word t // 32."""
+    bits = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & jnp.uint32(1)
+    return bits.reshape(words_BW.shape[0], -1)[:, :size] > 0
 
 
 def _gumbel(keys_B2: UInt32[Array, "B two"], positions_B, size):

@@ -5,6 +5,8 @@ import importlib
 _HOMES = {
     "Busy": "requests",
     "Closing": "requests",
+    "Engine": "engine",
+    "EngineSettings": "settings",
     "Failure": "requests",
     "Request": "requests",
 }

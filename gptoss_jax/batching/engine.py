@@ -1,0 +1,532 @@
+"""The engine: one thread that owns the device and moves all generations forward together.
+
+One turn of its loop takes requests and cancellations, admits what fits, sends at most one chunk of
+a prompt and one step of all rows to the device, and reads the step before while that one runs.
+Knows token ids and stop strings; refuses to know roles, channels and HTTP.
+"""
+
+import collections
+import dataclasses
+import heapq
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import sharding
+from gptoss_jax.batching import slots as device
+from gptoss_jax.batching.requests import Busy, Closing, Failure, Listener, Request
+from gptoss_jax.batching.settings import EngineSettings
+from gptoss_jax.batching.work import Job, Work
+from gptoss_jax.completions import Piece, Reader, TokenLogprob
+from gptoss_jax.engine import Model
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.sampling import Sampling
+from gptoss_jax.tokenizer import Tokenizer
+
+TOP = 20  # most likeliest tokens that a request may ask for
+BACK = 2  # tokens that a row can be taken back
+CHUNK = 128
+SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
+SURE = 0.9  # a grammar that accepts more than this is checked after the next step is sent
+HOPELESS = 0.6  # one that accepts less gets its mask before the choice
+
+
+@dataclasses.dataclass
+class Step:
+    """What was sent to the device and not yet read: a chunk of a prompt, or choices of rows."""
+
+    number: int
+    wait: Any
+    works: dict[int, Work] = dataclasses.field(default_factory=dict)
+    logits: Any = None
+    report: Any = None
+    masked: frozenset[int] = frozenset()
+
+
+class Engine:
+    """Many generations at once (`requests.BatchingEngine`); starts its thread.
+
+    Args:
+      model: What `engine.load` gave, with the adapters that requests may name.
+      settings: How much it takes on.
+
+    Raises:
+      GptOssError: The settings do not fit the model or the memory, or there are several processes.
+    """
+
+    def __init__(self, model: Model, settings: EngineSettings | None = None):
+        if jax.process_count() > 1:
+            raise GptOssError(
+                f"{jax.process_count()} processes: continuous batching runs in one; start one "
+                "server on each host, with the devices of that host"
+            )
+        self.model = model
+        self.settings = settings or EngineSettings()
+        self._context, self._chunk = _sizes(model, self.settings)
+        self._lengths = (SHORT, self._chunk) if self._chunk > SHORT else (self._chunk,)
+        words = -(-model.config.vocab_size // 32)
+        everything = np.full((self.settings.slots, words), 0xFFFFFFFF, np.uint32)
+        self._everything = self._put(everything)
+        self._words = words
+        self._tables = device.tables(model.adapters, self._replicated)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._submitted, self._queued, self._closing = 0, 0, False
+        self._waiting: list[Job] = []
+        self._works: dict[int, Work] = {}  # by slot
+        self._reading: list[Work] = []
+        self._running: dict[int, Work] = {}
+        self._idle = threading.Condition()
+        self._empty_state()
+        self._thread = threading.Thread(target=self._loop, name="gptoss-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        return self._context
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        return () if self.model.adapters is None else self.model.adapters.names
+
+    def submit(self, request: Request, listener: Listener) -> Job:
+        """Queues a request; returns at once. Errors as the seam says."""
+        job = self._checked(request, listener)
+        with self._lock:
+            if self._closing:
+                raise Closing("the engine is shutting down: send requests to another one")
+            full = self._queued > 0 or len(self._works) >= self.settings.slots
+            if full and self._queued >= self.settings.max_queue:
+                raise Busy(
+                    f"{self._queued} requests wait and {self.settings.slots} slots are taken: "
+                    "try again later"
+                )
+            self._queued += 1
+            self._submitted += 1
+            job.number = self._submitted
+            self._counts["requests_total"] += 1
+            self._inbox.put(lambda: heapq.heappush(self._waiting, job))
+        return job
+
+    def statistics(self) -> Mapping[str, float]:
+        """Gauges and counters, as the seam says."""
+        names = ("prompt_tokens", "cached_tokens", "generated_tokens", "steps", "draft_tokens")
+        names += ("accepted_tokens", "requests", "cancelled")
+        gauges = {
+            "slots": self.settings.slots,
+            "slots_busy": len(self._works),
+            "queue": self._queued,
+            "cache_pages": 0,
+            "cache_pages_busy": 0,
+        }
+        return gauges | {f"{name}_total": self._counts[f"{name}_total"] for name in names}
+
+    def close(self, drain: float | None = None) -> None:
+        """Takes no new requests; waits up to `drain` seconds (None: until done) for those at work,
+        then cancels them.
+        """
+        with self._lock:
+            self._closing = True
+        with self._idle:
+            self._idle.wait_for(lambda: not self._submitted_left(), drain)
+        self._inbox.put(None)
+        self._thread.join()
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no request waits for it; blocks."""
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def run():
+            try:
+                self._warm_up()
+                done.put(None)
+            except Exception as error:
+                done.put(error)
+
+        self._inbox.put(run)
+        error = done.get()
+        if error is not None:
+            raise error
+
+    # In any thread.
+
+    def _checked(self, request: Request, listener: Listener) -> Job:
+        prompt = np.asarray(request.prompt)
+        most = request.max_new_tokens
+        if most is not None and (isinstance(most, bool) or most < 1):
+            raise GptOssError(f"max_new_tokens is {most}: expected a positive integer, or None")
+        self.model._check_ids(prompt, 0)
+        if len(prompt) + (most or 1) > self._context:
+            asked = f" and {most} new ones are asked for" if most else ""
+            raise GptOssError(
+                f"the prompt has {len(prompt)} tokens{asked}: the context is {self._context} "
+                "tokens; shorten the prompt or ask for fewer"
+            )
+        if isinstance(request.stop, str) or not all(isinstance(s, str) and s for s in request.stop):
+            raise GptOssError(f"stop is {request.stop!r}: expected strings that are not empty")
+        sampling = request.sampling
+        for token in sampling.logit_bias:
+            if not 0 <= token < self.model.config.vocab_size:
+                raise GptOssError(
+                    f"logit_bias names token {token}: ids are 0 to "
+                    f"{self.model.config.vocab_size - 1}"
+                )
+        if request.masks and len(request.masks) != sampling.n:
+            raise GptOssError(
+                f"{len(request.masks)} masks for {sampling.n} completions: give one for each"
+            )
+        adapter = int(self.model._numbers(request.adapter, 1)[0])
+        limit = self._context - len(prompt) if most is None else most
+        return Job(0, request, listener, prompt.astype(np.int32), limit, adapter, self._cancel)
+
+    def _cancel(self, job: Job, completion: int | None) -> None:
+        self._inbox.put(lambda: self._cancelled(job, completion))
+
+    def _submitted_left(self) -> bool:
+        return bool(self._queued or self._works)
+
+    # In the engine's thread.
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                if not self._take():
+                    break
+                self._admit()
+                self._turn()
+            except Exception as error:
+                self._failed(error)
+            if not self._submitted_left():
+                with self._idle:
+                    self._idle.notify_all()
+        for job in [*self._waiting, *{work.job for work in self._works.values()}]:
+            self._cancelled(job, None)
+
+    def _take(self) -> bool:
+        """Does what was asked for from other threads, and waits for it if there is nothing else to
+        do; False at the end.
+        """
+        while True:
+            idle = not (self._waiting or self._works or self._sent)
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+    def _admit(self) -> None:
+        """Gives free slots to waiting completions."""
+        while self._waiting and self._free:
+            job = self._waiting[0]
+            while job.waiting and self._free:
+                self._give_slot(job)
+            if not job.waiting:
+                heapq.heappop(self._waiting)
+                with self._lock:
+                    self._queued -= 1
+
+    def _give_slot(self, job: Job) -> None:
+        index, slot = job.waiting.pop(0), heapq.heappop(self._free)
+        request, s = job.request, job.request.sampling
+        own = () if s.ignore_eos else self.model.config.eos_token_ids
+        work = Work(
+            job,
+            index,
+            slot,
+            Reader(self.tokenizer, tuple(request.stop), s, job.limit),
+            frozenset((*own, *s.stop_token_ids)),
+            request.masks[index] if request.masks else None,
+            length=len(job.prompt),
+        )
+        first = next((w for w in job.works.values() if w in self._reading), None)
+        job.works[index] = self._works[slot] = work
+        if first is None:  # the others copy what the first one reads
+            self._counts["prompt_tokens_total"] += len(job.prompt)
+            self._reading.append(work)
+
+    def _turn(self) -> None:
+        """Sends a chunk and a step, and reads what was sent a turn before."""
+        self._send_chunk()
+        if self._running:
+            self._send_step()
+        while len(self._sent) > self._ahead():
+            self._read(self._sent.popleft())
+
+    def _ahead(self) -> int:
+        """How much may be on the device while the next is sent."""
+        if not self._running:
+            return int(bool(self._reading))
+        checked = [work.accepted for work in self._running.values() if work.mask is not None]
+        return 0 if checked and min(checked) < SURE else 1
+
+    def _send_chunk(self) -> None:
+        """Reads on in a prompt: by turns the oldest and the one with the least left."""
+        budget = self._chunk
+        while self._reading and budget > 0:
+            self._turns += 1
+            choose = min if self._turns % 2 else _oldest
+            work = choose(self._reading, key=lambda work: work.left)
+            if work.left > 0:
+                count = min(work.left, self._chunk)
+                width = next(n for n in self._lengths if n >= count)
+                if width > budget:
+                    break
+                budget -= width
+                ids = np.zeros((1, width), np.int32)
+                ids[0, :count] = work.job.prompt[work.done : work.done + count]
+                place = np.array([work.slot, work.done, count, work.job.adapter], np.int32)
+                self._slots, wait = self._run(
+                    device.read, self.model.params, self._slots, ids, place, self._tables,
+                    config=self.model.config,
+                )  # fmt: skip
+                self._sent.append(Step(self._next(), wait))
+                work.done += count
+            if work.left == 0:
+                self._reading.remove(work)
+                self._start(work)
+
+    def _start(self, first: Work) -> None:
+        """Lets all of a request's completions that have a slot generate."""
+        job, V = first.job, self.model.config.vocab_size
+        for work in [w for w in job.works.values() if w.slot not in self._running]:
+            if work is not first:
+                self._slots = self._run(
+                    device.copy, self._slots, np.array([first.slot, work.slot], np.int32)
+                )
+            given = device.start(
+                work.slot, job.prompt, job.request.sampling, work.index, job.seed, job.adapter, V
+            )
+            self._slots = self._run(device.admit, self._slots, given)
+            work.valid_from = self._number
+            self._running[work.slot] = work
+
+    def _send_step(self) -> None:
+        """One token for every row that generates."""
+        self._slots, logits = self._run(
+            device.advance, self.model.params, self._slots, self._tables, config=self.model.config
+        )
+        fresh = {
+            slot: work
+            for slot, work in self._running.items()
+            if work.mask is not None and work.accepted < HOPELESS
+        }
+        allowed = self._allowed(fresh) if fresh and not self._choices() else self._everything
+        masked = frozenset(fresh) if allowed is not self._everything else frozenset()
+        self._slots, tokens = self._run(device.choose, self._slots, logits, allowed)
+        self._sent_choice(logits, tokens, dict(self._running), masked)
+        self._counts["steps_total"] += 1
+
+    def _sent_choice(self, logits, tokens, works, masked) -> None:
+        wanted = any(work.reader.wanted for work in works.values())
+        report = self._run(device.report, logits, tokens, top=TOP) if wanted else None
+        self._sent.append(Step(self._next(), tokens, works, logits, report, masked))
+
+    def _allowed(self, works: dict[int, Work]) -> np.ndarray:
+        allowed = np.full((self.settings.slots, self._words), 0xFFFFFFFF, np.uint32)
+        for slot, work in works.items():
+            assert work.mask is not None
+            work.mask.fill(allowed[slot])
+        return allowed
+
+    def _read(self, step: Step) -> None:
+        """Takes what the device has made."""
+        tokens = np.asarray(step.wait)
+        if step.logits is None:
+            return
+        report = None if step.report is None else [np.asarray(x) for x in step.report]
+        refused: dict[int, Work] = {}
+        for slot, work in step.works.items():
+            if work.over or step.number < work.valid_from:
+                continue
+            token = int(tokens[slot])
+            if token == device.BROKEN:
+                self._end(work, Failure(GptOssError("the model's logits are not numbers")), True)
+            elif work.mask is not None and not self._accept(work, token, slot in step.masked):
+                if slot in step.masked:
+                    error = GptOssError(f"the grammar refuses token {token}, which it allowed")
+                    self._end(work, Failure(error))
+                else:
+                    refused[slot] = work
+            else:
+                self._tell(work, token, report)
+        if refused:
+            self._redo(step, refused)
+
+    def _accept(self, work: Work, token: int, masked: bool) -> bool:
+        assert work.mask is not None
+        good = work.mask.accept(token)
+        if not masked or good:
+            work.heard(good and not masked)
+        return good
+
+    def _redo(self, step: Step, refused: dict[int, Work]) -> None:
+        """Chooses again where a grammar refused a choice, among what it allows."""
+        rows = self.settings.slots
+        length, back = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        later = self._choices()
+        for slot, work in refused.items():
+            length[slot] = work.length
+            back[slot] = 1 + sum(s.works.get(slot) is work for s in later)
+        allowed = self._allowed(refused)
+        self._slots, tokens = self._run(
+            device.redo, self._slots, step.logits, allowed, length, back
+        )
+        for work in refused.values():
+            work.valid_from = self._number
+        self._sent_choice(step.logits, tokens, refused, frozenset(refused))
+
+    def _tell(self, work: Work, token: int, report) -> None:
+        def logprob(column: int) -> TokenLogprob:
+            assert report is not None
+            chosen, ids, values = (part[work.slot] for part in report)
+            top = slice(work.reader.top)
+            pairs = tuple(zip(ids[top].tolist(), values[top].tolist(), strict=True))
+            return TokenLogprob(token, float(chosen), pairs)
+
+        work.length += 1
+        self._counts["generated_tokens_total"] += 1
+        piece = work.reader.read([token], token in work.stops, logprob)
+        if work.reader.finished:
+            self._end(work, piece)
+        elif piece.text or piece.tokens:
+            work.tell(piece)
+
+    def _end(self, work: Work, piece: Piece | Failure, broken: bool = False) -> None:
+        """Frees the slot of a completion and hands on its last piece."""
+        work.over = True
+        self._running.pop(work.slot, None)
+        if work in self._reading:
+            self._reading.remove(work)
+            heir = next((w for w in work.job.works.values() if w is not work), None)
+            if heir is not None:  # begins again: the slot of the first one is gone
+                self._reading.append(heir)
+        del self._works[work.slot], work.job.works[work.index]
+        if broken:
+            self._slots = self._run(device.erase, self._slots, np.int32(work.slot))
+        free = np.zeros(self.settings.slots, bool)
+        free[work.slot] = True
+        self._slots = self._run(device.release, self._slots, free)
+        heapq.heappush(self._free, work.slot)
+        work.tell(piece)
+
+    def _cancelled(self, job: Job, completion: int | None) -> None:
+        def last(reader: Reader) -> Piece:
+            text, tokens = reader.text.flush()
+            held = reader.held[: len(tokens)] if reader.wanted else None
+            return Piece(text, tokens, held, "cancelled")
+
+        found = [w for w in list(job.works.values()) if completion in (None, w.index)]
+        waiting = [i for i in job.waiting if completion in (None, i)]
+        self._counts["cancelled_total"] += bool(found or waiting)
+        for work in found:
+            self._end(work, last(work.reader))
+        job.waiting = [i for i in job.waiting if i not in waiting]
+        if waiting and not job.waiting and job in self._waiting:
+            self._waiting.remove(job)
+            heapq.heapify(self._waiting)
+            with self._lock:
+                self._queued -= 1
+        for index in waiting:
+            job.listener(index, Piece("", [], None, "cancelled"))
+
+    def _failed(self, error: Exception) -> None:
+        """Ends the requests at work, and begins anew: what was donated is lost."""
+        works = list(self._works.values())
+        self._works, self._reading, self._running = {}, [], {}
+        self._empty_state()
+        for work in works:
+            work.over = True
+            work.job.works.pop(work.index, None)
+            work.tell(Failure(error))
+
+    def _empty_state(self) -> None:
+        m = self.model
+        dtype = jnp.dtype(m.params["embedding"].dtype)
+        self._slots = self._run(
+            device.make, m.config, self.settings.slots, self._context, BACK, dtype
+        )
+        self._free = list(range(self.settings.slots))
+        self._sent: collections.deque[Step] = collections.deque()
+        self._number = self._turns = 0
+
+    def _choices(self) -> list[Step]:
+        """Those that were sent and not read."""
+        return [step for step in self._sent if step.logits is not None]
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _run(self, program, *arguments, **keywords) -> Any:
+        return self.model._on_mesh(program, *arguments, **keywords)
+
+    def _put(self, x: np.ndarray) -> jax.Array:
+        if self.model.mesh is None:
+            return jnp.asarray(x)
+        return sharding.put(x, "B" + "_" * (x.ndim - 1), self.model.mesh)
+
+    def _replicated(self, x: np.ndarray) -> jax.Array:
+        if self.model.mesh is None:
+            return jnp.asarray(x)
+        return sharding.put(x, "_" * x.ndim, self.model.mesh)
+
+    def _warm_up(self) -> None:
+        if self._works or self._sent:
+            raise GptOssError("warm_up: the engine is at work; warm it up before the first request")
+        rows, V = self.settings.slots, self.model.config.vocab_size
+        for width in self._lengths:
+            ids, place = np.zeros((1, width), np.int32), np.array([0, 0, 1, 0], np.int32)
+            self._slots, _ = self._run(
+                device.read, self.model.params, self._slots, ids, place, self._tables,
+                config=self.model.config,
+            )  # fmt: skip
+        given = device.start(0, np.zeros(1, np.int32), Sampling(), 0, 0, 0, V)
+        self._slots = self._run(device.admit, self._slots, given)
+        self._slots = self._run(device.copy, self._slots, np.array([0, rows - 1], np.int32))
+        self._slots, logits = self._run(
+            device.advance, self.model.params, self._slots, self._tables, config=self.model.config
+        )
+        self._slots, tokens = self._run(device.choose, self._slots, logits, self._everything)
+        allowed = self._allowed({})
+        self._slots, tokens = self._run(device.choose, self._slots, logits, allowed)
+        self._run(device.report, logits, tokens, top=TOP)
+        length, back = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._slots, tokens = self._run(device.redo, self._slots, logits, allowed, length, back)
+        self._run(device.report, logits, tokens, top=TOP)
+        self._slots = self._run(device.erase, self._slots, np.int32(0))
+        self._slots = self._run(device.release, self._slots, np.ones(rows, bool))
+        jax.block_until_ready(self._slots)
+
+
+def _oldest(works: Sequence[Work], key) -> Work:
+    return min(works, key=lambda work: work.job.order)
+
+
+def _sizes(model: Model, settings: EngineSettings) -> tuple[int, int]:
+    """Context of a row, and tokens of a chunk."""
+    window = model.config.sliding_window
+    chunk = settings.chunk or -(-CHUNK // window) * window
+    if chunk % window:
+        raise GptOssError(f"chunk is {chunk}: expected a multiple of the window, {window}")
+    context = settings.max_context or model.max_context
+    if not 0 < context <= model.max_context:
+        raise GptOssError(
+            f"max_context is {context}: this model's context is 1 to {model.max_context}"
+        )
+    return context, chunk

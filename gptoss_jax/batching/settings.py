@@ -1,0 +1,29 @@
+"""Settings of the engine."""
+
+import dataclasses
+
+from gptoss_jax.errors import GptOssError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How much an engine takes on.
+
+    Attributes:
+      slots: Completions that are generated at once.
+      max_queue: Requests that may wait for a slot; more are refused as Busy.
+      max_context: Longest sequence, in tokens; None for the model's, if the cache fits into memory.
+      chunk: Tokens of a prompt that are read between two steps of the others, a multiple of the
+        model's window; None for the smallest one of at least 128.
+    """
+
+    slots: int = 32
+    max_queue: int = 256
+    max_context: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self):
+        for name, low in (("slots", 1), ("max_queue", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise GptOssError(f"{name} is {value!r}: expected an integer of at least {low}")

@@ -1,0 +1,440 @@
+"""The device's part of continuous batching: a fixed number of rows, each at its own place, and the
+jitted programs that move them.
+
+Every program has one shape, so that a row's numbers never depend on what the others do: `advance`
+reads each row's last token, `choose` takes the next one, `redo` takes back rows whose choice a
+grammar refuses, `read` reads a chunk of a prompt into a row. Caches are donated. Knows no requests
+and no text.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from gptoss_jax import cache as kv
+from gptoss_jax.cache import KVCache, make_cache
+from gptoss_jax.config import SLIDING, GptOssConfig
+from gptoss_jax.lora import Stack
+from gptoss_jax.model import Params, hidden, unembed
+from gptoss_jax.ops import LowRank
+from gptoss_jax.sampling import BIAS_SLOTS, Sampling, SamplingArrays, logprobs, sample
+from gptoss_jax.sharding import constrain, replicate
+
+BIASES = BIAS_SLOTS[-1]
+BROKEN = -2  # in the place of a token whose logits are not numbers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where all rows stand.
+
+    Attributes:
+      cache: Of all tokens but the last.
+      last_B: int32, the newest token, not yet in the cache.
+      active_B: bool, rows that generate.
+      recent_Bn: int32, the newest tokens that were chosen, -1 where there are none; as many as a
+        row can be taken back.
+      seen_BV: int8, 1 where the prompt holds the token.
+      counts_BV: int32, occurrences in the output.
+      adapter_B: int32, number in the stack of adapters, 0 for none.
+      settings: How each row chooses.
+    """
+
+    cache: KVCache
+    last_B: jax.Array
+    active_B: jax.Array
+    recent_Bn: jax.Array
+    seen_BV: jax.Array
+    counts_BV: jax.Array
+    adapter_B: jax.Array
+    settings: SamplingArrays
+
+
+def settle(slots: Slots) -> Slots:
+    """The rows held to their place on the context's mesh; themselves without a mesh."""
+
+    def by_row(x):
+        return constrain(x, "B" + "_" * (x.ndim - 1))
+
+    return Slots(
+        kv.constrain(slots.cache),
+        by_row(slots.last_B),
+        by_row(slots.active_B),
+        by_row(slots.recent_Bn),
+        constrain(slots.seen_BV, "BV"),
+        constrain(slots.counts_BV, "BV"),
+        by_row(slots.adapter_B),
+        jax.tree.map(by_row, slots.settings),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def make(config: GptOssConfig, rows: int, capacity: int, back: int, dtype) -> Slots:
+    """Rows that are all free.
+
+    Args:
+      config: The model.
+      rows: How many.
+      capacity: Tokens that a row can hold.
+      back: How many tokens a row can be taken back, at least 1.
+      dtype: Of keys and values.
+    """
+
+    def row(value, dtype: Any = jnp.float32):
+        return jnp.full(rows, value, dtype)
+
+    settings = SamplingArrays(
+        row(0),
+        row(0, jnp.int32),
+        row(1),
+        row(0),
+        row(1),
+        row(0),
+        row(0),
+        jnp.full((rows, BIASES), config.vocab_size, jnp.int32),
+        jnp.zeros((rows, BIASES)),
+        jnp.zeros((rows, 2), jnp.uint32),
+    )
+    cache = make_cache(config, rows, capacity, dtype, slack=back)
+    V = config.vocab_size
+    return settle(
+        Slots(
+            cache,
+            row(0, jnp.int32),
+            row(False, bool),
+            jnp.full((rows, back), -1, jnp.int32),
+            jnp.zeros((rows, V), jnp.int8),
+            jnp.zeros((rows, V), jnp.int32),
+            row(0, jnp.int32),
+            settings,
+        )
+    )
+
+
+def tables(stack: Stack | None, put) -> Params | None:
+    """A stack of adapters as the programs take it: {"a", "b", "gain"} at every weight.
+
+    Args:
+      stack: The adapters; None for none.
+      put: Puts a numpy array on the devices.
+    """
+    if stack is None:
+        return None
+
+    def walk(pairs, gains) -> Any:
+        if set(pairs) == {"a", "b"}:
+            return {**pairs, "gain": put(gains)}
+        return {key: walk(child, gains[key]) for key, child in pairs.items()}
+
+    return walk(stack.pairs, stack.gains)
+
+
+def _added(adapters: Any, numbers_B) -> Any:
+    """What `model.hidden` adds for rows with these numbers."""
+    if adapters is None:
+        return None
+    if set(adapters) == {"a", "b", "gain"}:
+        gain_BR = constrain(adapters["gain"][numbers_B], "BR")
+        return LowRank(adapters["a"], adapters["b"], gain_BR)
+    return {key: _added(child, numbers_B) for key, child in adapters.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def advance(
+    params: Params, slots: Slots, adapters: Params | None = None, *, config: GptOssConfig
+) -> tuple[Slots, Float[Array, "B V"]]:
+    """Reads the last token of every active row.
+
+    Args:
+      params: The model.
+      slots: Donated.
+      adapters: What `tables` made.
+
+    Returns:
+      The rows, and the float32 logits of the next tokens.
+    """
+    added = _added(adapters, slots.adapter_B)
+    mask_B1 = slots.active_B[:, None]
+    x_B1D, cache, _ = hidden(
+        params, slots.last_B[:, None], slots.cache, config=config, mask=mask_B1, added=added
+    )
+    assert cache is not None
+    logits_BV = unembed(params, x_B1D[:, 0], added)
+    return settle(dataclasses.replace(slots, cache=cache)), logits_BV
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def choose(
+    slots: Slots, logits_BV: Float[Array, "B V"], allowed_BW: UInt32[Array, "B W"]
+) -> tuple[Slots, Int[Array, " B"]]:
+    """Chooses the next token of every active row.
+
+    Args:
+      slots: After `advance`; donated.
+      logits_BV: What `advance` gave.
+      allowed_BW: As `sampling.sample` takes it.
+
+    Returns:
+      The rows, and int32 tokens; BROKEN where the logits are not numbers.
+    """
+    return _choose(slots, logits_BV, allowed_BW, slots.active_B, slots.cache.length_B)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def redo(
+    slots: Slots,
+    logits_BV: Float[Array, "B V"],
+    allowed_BW: UInt32[Array, "B W"],
+    length_B: Int[Array, " B"],
+    back_B: Int[Array, " B"],
+) -> tuple[Slots, Int[Array, " B"]]:
+    """Takes some rows back and chooses again there.
+
+    Args:
+      slots: Donated.
+      logits_BV: What `advance` gave when it read the last token that stays.
+      allowed_BW: As in `choose`.
+      length_B: int32, tokens in the cache at that time.
+      back_B: int32, choices to take back, at most the width of recent_Bn; 0 leaves a row as it is.
+
+    Returns:
+      As `choose`; the tokens of rows that are left alone mean nothing.
+    """
+    n = slots.recent_Bn.shape[1]
+    again_B = back_B > 0
+    columns = jnp.arange(n, dtype=jnp.int32)[None]
+    gone = (columns >= n - back_B[:, None]) & (slots.recent_Bn >= 0)
+    rows = jnp.arange(len(back_B), dtype=jnp.int32)[:, None]
+    counts_BV = slots.counts_BV.at[rows, jnp.maximum(slots.recent_Bn, 0)].add(
+        -gone.astype(jnp.int32)
+    )
+    kept = columns - back_B[:, None]
+    recent_Bn = jnp.where(
+        kept >= 0, jnp.take_along_axis(slots.recent_Bn, jnp.maximum(kept, 0), axis=1), -1
+    )
+    length_B = jnp.where(again_B, length_B, slots.cache.length_B)
+    cache = dataclasses.replace(slots.cache, length_B=length_B)
+    slots = dataclasses.replace(slots, cache=cache, counts_BV=counts_BV, recent_Bn=recent_Bn)
+    return _choose(slots, logits_BV, allowed_BW, again_B, length_B)
+
+
+def _choose(slots, logits_BV, allowed_BW, chosen_B, positions_B):
+    tokens_B = sample(
+        logits_BV, slots.settings, slots.seen_BV, slots.counts_BV, positions_B, allowed_BW
+    )
+    rows = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
+    counts_BV = slots.counts_BV.at[rows, tokens_B].add(chosen_B.astype(jnp.int32))
+    recent_Bn = jnp.concatenate([slots.recent_Bn[:, 1:], tokens_B[:, None]], axis=1)
+    slots = dataclasses.replace(
+        slots,
+        last_B=jnp.where(chosen_B, tokens_B, slots.last_B),
+        recent_Bn=jnp.where(chosen_B[:, None], recent_Bn, slots.recent_Bn),
+        counts_BV=counts_BV,
+    )
+    broken_B = jnp.isnan(logits_BV).any(1)
+    return settle(slots), replicate(jnp.where(broken_B, BROKEN, tokens_B))
+
+
+@functools.partial(jax.jit, static_argnames=("top",))
+def report(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"], *, top: int):
+    """Log probabilities of chosen tokens and of the `top` likeliest, as `sampling.logprobs`."""
+    return replicate(logprobs(logits_BV, jnp.maximum(tokens_B, 0), top))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def read(
+    params: Params,
+    slots: Slots,
+    tokens_1T: Int[Array, "one T"],
+    place: Int[Array, " four"],
+    adapters: Params | None = None,
+    *,
+    config: GptOssConfig,
+) -> tuple[Slots, Int[Array, " B"]]:
+    """Reads a chunk of a prompt into a row that is not active.
+
+    Args:
+      params: The model.
+      slots: Donated.
+      tokens_1T: int32 ids, padded at the end.
+      place: int32: the row, tokens in it so far, how many of these tokens count, and the number of
+        its adapter.
+      adapters: What `tables` made.
+
+    Returns:
+      The rows, and something small to wait for.
+    """
+    row, before, count, number = place
+    T = tokens_1T.shape[1]
+
+    def taken(x):
+        return jax.lax.dynamic_slice_in_dim(x, row, 1)
+
+    cache = slots.cache
+    alone = KVCache(
+        tuple(map(taken, cache.keys)), tuple(map(taken, cache.values)), before.reshape(1)
+    )
+    mask_1T = (jnp.arange(T, dtype=jnp.int32) < count)[None]
+    _, after, _ = hidden(
+        params,
+        tokens_1T,
+        alone,
+        config=config,
+        mask=mask_1T,
+        added=_added(adapters, number.reshape(1)),
+    )
+    assert after is not None
+
+    def put(whole, part, kind):
+        if kind == SLIDING:
+            return jax.lax.dynamic_update_slice(whole, part, (row, 0, 0, 0))
+        # what a chunk changes is no more than its own length; near the end both slices move alike
+        start = jnp.minimum(before, whole.shape[1] - T)
+        part = jax.lax.dynamic_slice_in_dim(part, start, T, axis=1)
+        return jax.lax.dynamic_update_slice(whole, part, (row, start, 0, 0))
+
+    kinds = config.layer_types
+    keys = tuple(map(put, cache.keys, after.keys, kinds))
+    values = tuple(map(put, cache.values, after.values, kinds))
+    length_B = cache.length_B.at[row].set(before + count)
+    slots = settle(dataclasses.replace(slots, cache=KVCache(keys, values, length_B)))
+    return slots, replicate(length_B + 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a row starts from, as arrays of the host.
+
+    Attributes:
+      integers: int32: row, tokens in the cache, last token, top-k, adapter's number, choice.
+      floats: float32: temperature, top-p, min-p, the three penalties.
+      seed: uint32 [2].
+      seen: int8 [V].
+      bias_ids, bias: [BIASES].
+    """
+
+    integers: Any
+    floats: Any
+    seed: Any
+    seen: Any
+    bias_ids: Any
+    bias: Any
+
+
+jax.tree_util.register_dataclass(
+    Start, [field.name for field in dataclasses.fields(Start)], meta_fields=[]
+)
+
+
+def start(
+    row: int, prompt: np.ndarray, sampling: Sampling, choice: int, seed: int, number: int, V: int
+) -> Start:
+    """What `admit` takes, for a row whose cache holds the prompt but for its last token."""
+    s = sampling
+    seen = np.zeros(V, np.int8)
+    if s.repetition_penalty != 1:
+        seen[prompt] = 1
+    bias_ids, bias = np.full(BIASES, V, np.int32), np.zeros(BIASES, np.float32)
+    bias_ids[: len(s.logit_bias)] = list(s.logit_bias)
+    bias[: len(s.logit_bias)] = list(s.logit_bias.values())
+    numbers = [row, len(prompt) - 1, int(prompt[-1]), s.top_k, number, choice]
+    penalties = [s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
+    return Start(
+        np.array(numbers, np.int32),
+        np.array([s.temperature, s.top_p, s.min_p, *penalties], np.float32),
+        np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
+        seen,
+        bias_ids,
+        bias,
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def admit(slots: Slots, start: Start) -> Slots:
+    """Lets a row generate; the rows are donated."""
+    row, length, last, top_k, number, choice = start.integers
+    temperature, top_p, min_p, repetition, presence, frequency = start.floats
+    key = jax.random.fold_in(jax.random.wrap_key_data(start.seed), choice.astype(jnp.uint32))
+    s = slots.settings
+    given = SamplingArrays(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition,
+        presence,
+        frequency,
+        start.bias_ids,
+        start.bias,
+        jax.random.key_data(key),
+    )
+    cache = dataclasses.replace(slots.cache, length_B=slots.cache.length_B.at[row].set(length))
+    return settle(
+        Slots(
+            cache,
+            slots.last_B.at[row].set(last),
+            slots.active_B.at[row].set(True),
+            slots.recent_Bn.at[row].set(-1),
+            slots.seen_BV.at[row].set(start.seen),
+            slots.counts_BV.at[row].set(0),
+            slots.adapter_B.at[row].set(number),
+            jax.tree.map(lambda x, value: x.at[row].set(value), s, given),
+        )
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def release(slots: Slots, free_B: Bool[Array, " B"]) -> Slots:
+    """Frees rows; the rows are donated. A free row asks for nothing that costs time."""
+
+    def reset(x, value):
+        free = free_B.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(free, jnp.asarray(value, x.dtype), x)
+
+    s, V = slots.settings, slots.seen_BV.shape[1]
+    settings = SamplingArrays(
+        reset(s.temperature_B, 0),
+        reset(s.top_k_B, 0),
+        reset(s.top_p_B, 1),
+        reset(s.min_p_B, 0),
+        reset(s.repetition_B, 1),
+        reset(s.presence_B, 0),
+        reset(s.frequency_B, 0),
+        reset(s.bias_ids_BJ, V),
+        s.bias_BJ,
+        s.keys_B2,
+    )
+    cache = dataclasses.replace(slots.cache, length_B=reset(slots.cache.length_B, 0))
+    active_B = slots.active_B & ~free_B
+    slots = dataclasses.replace(slots, cache=cache, active_B=active_B, settings=settings)
+    return settle(slots)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def copy(slots: Slots, pair: Int[Array, " two"]) -> Slots:
+    """Copies the cache of a row into another; `pair` is (from, to); the rows are donated."""
+    source, target = pair
+
+    def moved(x):
+        part = jax.lax.dynamic_slice_in_dim(x, source, 1)
+        return jax.lax.dynamic_update_slice_in_dim(x, part, target, 0)
+
+    return settle(dataclasses.replace(slots, cache=jax.tree.map(moved, slots.cache)))
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def erase(slots: Slots, row: Int[Array, ""]) -> Slots:
+    """Zeros in the cache of a row: what is not a number there would reach the next request, since 0
+    times it is not 0.
+    """
+
+    def erased(x):
+        return x.at[row].set(jnp.zeros(x.shape[1:], x.dtype))
+
+    return settle(dataclasses.replace(slots, cache=jax.tree.map(erased, slots.cache)))
