@@ -31,6 +31,10 @@ class ServerSettings:
       drain_seconds: How long SIGTERM lets running requests finish.
       keepalive_seconds: A comment is sent on a stream that has been silent for so long.
       allow_control_tokens: /v1/completions accepts control tokens as ids.
+      store: File of /v1/responses (server/store.py); None keeps responses in memory only.
+      max_stored: Most stored responses; those not used for longest go first.
+      max_stored_bytes: Most bytes of stored responses; likewise.
+      stored_seconds: How long a stored response stays after its last use.
       log: One line a request on stdout.
     """
 
@@ -52,6 +56,10 @@ class ServerSettings:
     drain_seconds: float = 30.0
     keepalive_seconds: float = 15.0
     allow_control_tokens: bool = False
+    store: str | None = None
+    max_stored: int = 10_000
+    max_stored_bytes: int = 512 * 2**20
+    stored_seconds: float = 30 * 86_400.0
     log: bool = False
 
     def __post_init__(self):
