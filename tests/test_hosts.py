@@ -150,8 +150,10 @@ def test_the_death_of_one_ends_the_other(victim, loading):
     running[victim].send_signal(signal.SIGKILL)
     began = time.monotonic()
     code, _, err = end(running[1 - victim], 60)
+    seconds = time.monotonic() - began
+    print(f"process {1 - victim} ended {seconds:.2f} s after process {victim}")
     assert code == 1
-    assert time.monotonic() - began < 10
+    assert seconds < 10
     assert err.splitlines()[-1] == (
         f"gptoss: process {1 - victim} of 2: process {victim} of 2 has died; the others stop: "
         "start all of them again"
