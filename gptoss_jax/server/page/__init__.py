@@ -7,8 +7,12 @@ Knows its files and what they are allowed to do. Refuses to know the API: chat.j
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -66,3 +70,22 @@ def files() -> Mapping[str, File]:
             at = "/" if path.name == "index.html" else f"/page/{path.name}"
             found[at] = File(content, _TYPES[path.suffix], tag)
     return found
+
+
+def routes() -> list[Route]:
+    """The routes of the files, for an application's router; unchanged files are answered with
+    304."""
+    return [
+        Route(path, _sender(file), methods=["GET"], include_in_schema=False)
+        for path, file in files().items()
+    ]
+
+
+def _sender(file: File) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        headers = {**HEADERS, "ETag": file.tag}
+        if file.tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(file.content, media_type=file.media_type, headers=headers)
+
+    return send

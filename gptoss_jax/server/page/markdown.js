@@ -54,7 +54,7 @@ function readBlock(lines, at, depth) {
   const line = lines[at];
   let found;
   if ((found = FENCE.exec(line))) return readCode(lines, at, found);
-  if ((found = HEADING.exec(line))) return { kind: "heading", level: found[1].length, text: found[2].trim(), end: at + 1 };
+  if ((found = HEADING.exec(line))) return { kind: "heading", level: found[1].length, text: found[2].trim().replace(/(?:^|\s)#+$/, "").trim(), end: at + 1 };
   if (RULE.test(line)) return { kind: "rule", end: at + 1 };
   if (isTable(lines, at)) return readTable(lines, at);
   if (depth < DEEPEST && QUOTE.test(line)) {
@@ -208,8 +208,8 @@ function renderTable(block, depth) {
 
 const SPECIAL = /[\\`*_~[!\nh]/g;
 const LINK = /!?\[((?:[^[\]\\]|\\[^])*)\]\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+"[^"]*")?\s*\)/y;
-const ADDRESS = /https?:\/\/[^\s<>"'`|]+/y;
-const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
+const ADDRESS = /https?:\/\/[^\s<>"'`|]{1,2000}/y;
+const MARKS = [["***", "em"], ["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 
 /** Nodes of one run of text; `links` is false inside a link. */
 function inline(text, depth, links = true) {
@@ -243,18 +243,28 @@ function inline(text, depth, links = true) {
 }
 
 function readInlineCode(text, at, missing, put) {
-  const run = /^`+/.exec(text.slice(at, at + 16))[0];
-  if (missing.has(run)) return false;
-  let end = text.indexOf(run, at + run.length);
+  const span = codeSpan(text, at, missing);
+  if (!span) return false;
+  const code = text.slice(span.start, span.end).replaceAll("\n", " ");
+  put(at, element("code", [/^ .* $/.test(code) ? code.slice(1, -1) : code]), span.next);
+  return true;
+}
+
+/** Where the code lies that begins at `at`, or null. */
+function codeSpan(text, at, missing) {
+  let start = at;
+  while (text[start] === "`") start++;
+  const run = text.slice(at, start);
+  if (missing.has(run)) return null;
+  let end = text.indexOf(run, start);
   while (end >= 0 && text[end + run.length] === "`") {
     end += run.length;
     while (text[end] === "`") end++;
     end = text.indexOf(run, end);
   }
-  if (end < 0) return !missing.add(run);
-  const code = text.slice(at + run.length, end);
-  put(at, element("code", [/^ .* $/.test(code) ? code.slice(1, -1) : code]), end + run.length);
-  return true;
+  if (end >= 0) return { start, end, next: end + run.length };
+  missing.add(run);
+  return null;
 }
 
 function readLink(text, at, depth, put) {
@@ -283,19 +293,28 @@ function readMark(text, at, depth, missing, put) {
     const before = text[at - 1] ?? " ";
     const after = text[at + mark.length] ?? " ";
     if (/\s/.test(after) || depth >= DEEPEST || (mark[0] === "_" && /\w/.test(before))) continue;
-    const end = closing(text, mark, at + mark.length);
+    const end = closing(text, mark, at + mark.length, missing);
     if (end < 0) {
       missing.add(mark);
       continue;
     }
-    put(at, element(tag, inline(text.slice(at + mark.length, end), depth + 1)), end + mark.length);
+    const inner = inline(text.slice(at + mark.length, end), depth + 1);
+    put(at, element(tag, mark === "***" ? [element("strong", inner)] : inner), end + mark.length);
     return true;
   }
   return false;
 }
 
-function closing(text, mark, from) {
+function closing(text, mark, from, missing) {
+  let code = text.indexOf("`", from);
   for (let end = text.indexOf(mark, from); end >= 0; end = text.indexOf(mark, end + mark.length)) {
+    while (code >= 0 && code < end) { // code binds closer than marks
+      const span = codeSpan(text, code, missing);
+      const next = span?.next ?? code + /^`+/.exec(text.slice(code))[0].length;
+      if (next > end) end = text.indexOf(mark, next);
+      code = text.indexOf("`", next);
+      if (end < 0) return -1;
+    }
     const after = text[end + mark.length] ?? " ";
     if (end === from || /\s/.test(text[end - 1]) || text[end - 1] === "\\") continue;
     if (mark[0] === "_" && /\w/.test(after)) continue;

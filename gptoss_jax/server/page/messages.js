@@ -179,7 +179,7 @@ function describe(meta) {
   if (usage) {
     parts.push(count(usage.completion_tokens, "token"));
     const seconds = meta.seconds - meta.first;
-    if (usage.completion_tokens > 1 && seconds > 0) {
+    if (usage.completion_tokens > 1 && seconds > 0.05) {
       const rate = (usage.completion_tokens - 1) / seconds;
       parts.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en")} tokens/s`);
     }
