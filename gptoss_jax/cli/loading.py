@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,13 +125,19 @@ def _loading(name: str, folder: Path):
         yield lambda _, nbytes: bar.advance(task, nbytes)
 
 
-def load_model(arguments: ModelArguments, quiet: bool = False, adapter: Path | None = None):
+def load_model(
+    arguments: ModelArguments,
+    quiet: bool = False,
+    adapter: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
+):
     """Loads the model that the options name; says so when it is the one in the box.
 
     Args:
       arguments: The options.
       quiet: Say nothing.
       adapter: Folder of an adapter, which requests then name ADAPTER.
+      adapters: Folders of adapters by the names that requests give.
     """
     name = arguments.model or TINY
     if arguments.model is None and not quiet:
@@ -149,7 +156,7 @@ def load_model(arguments: ModelArguments, quiet: bool = False, adapter: Path | N
             mesh=arguments.mesh,
             dtype=arguments.dtype,
             max_context=arguments.max_context,
-            adapters={ADAPTER: adapter} if adapter else None,
+            adapters={ADAPTER: adapter} if adapter else adapters,
             progress=progress,
         )
     if hosts.place() is not None:

@@ -6,32 +6,26 @@ wanted, the API key, the body's size, then the routes.
 
 import importlib.util
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptoss_jax.batching.requests import BatchingEngine
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.server import chat_completions, completions, embeddings, models, tokens
+from gptoss_jax.server import chat_completions, completions, embeddings, models, page, tokens
 from gptoss_jax.server.errors import DOCUMENTED, ApiError, handle, of_exception
 from gptoss_jax.server.json_response import JSONResponse
 from gptoss_jax.server.security import Authentication, BodyLimit
 from gptoss_jax.server.service import Record, Service, report
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.server.stream import ClientGone
-
-PAGE = Path(__file__).parent / "page"
-PAGE_KINDS = (".html", ".js", ".css", ".svg", ".png", ".ico", ".webmanifest")
 
 
 def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -> FastAPI:
@@ -51,7 +45,7 @@ def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -
         origins = list(settings.cors_origins)
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **cors))
     middleware += [
-        Middleware(Authentication, keys=settings.api_keys, pages=tuple(_pages())),
+        Middleware(Authentication, keys=settings.api_keys, pages=tuple(page.files())),
         Middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_seconds),
     ]
     app = FastAPI(
@@ -75,8 +69,7 @@ def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -
 
         app.include_router(responses.router(service))
     app.include_router(_plain(service))
-    for path, file in _pages().items():
-        app.router.routes.append(Route(path, _static(file), methods=["GET"]))
+    app.router.routes.extend(page.routes())
     app.openapi = lambda: _openapi(app)
     return app
 
@@ -103,20 +96,6 @@ def _plain(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return router
-
-
-def _pages() -> dict[str, Path]:
-    """The page's files by their paths: routes one by one, so that other paths keep their errors."""
-    files = [file for file in sorted(PAGE.rglob("*")) if file.is_file()]
-    out = {f"/{f.relative_to(PAGE).as_posix()}": f for f in files if f.suffix in PAGE_KINDS}
-    return {"/": PAGE / "index.html", **out} if (PAGE / "index.html").is_file() else {}
-
-
-def _static(file: Path) -> Callable[[Request], Awaitable[Response]]:
-    async def send(request: Request) -> Response:
-        return FileResponse(file, headers={"cache-control": "no-cache"})
-
-    return send
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""An OpenAI-compatible server: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models,
+/tokenize, /detokenize, /health, /metrics, and a chat page at /.
+
+It listens on this machine only unless --host says otherwise, and then asks for an API key
+(--api-key-file, or GPTOSS_API_KEYS with commas between keys). SIGTERM: no new requests, the running
+ones finish within --drain-seconds, exit code 0.
+"""
+
+import dataclasses
+import importlib.util
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from gptoss_jax.cli.loading import ModelArguments, load_model, working
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.server.settings import Limits, ServerSettings
+
+NEEDED = ("fastapi", "uvicorn", "llguidance", "prometheus_client")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Options of `gptoss serve`."""
+
+    model: Annotated[ModelArguments, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ModelArguments
+    )
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    port: int = 8000
+    """0 takes a free one."""
+    name: str | None = None
+    """Name that requests give as `model`; by default the Hub id or the folder's name."""
+    adapter: tuple[str, ...] = ()
+    """Adapters as NAME=FOLDER; requests give NAME as `model`."""
+    slots: int = 32
+    """Completions that are generated at once."""
+    queue: int = 256
+    """Requests that may wait; more are refused with 429."""
+    api_key_file: Path | None = None
+    """File with API keys, one a line."""
+    no_auth: bool = False
+    """Serve other machines without a key."""
+    date: str | None = None
+    """Date that the model is told, YYYY-MM-DD; by default today, and all cached prefixes change at
+    midnight.
+    """
+    cors: tuple[str, ...] = ()
+    """Origins (https://example.org) whose pages may call."""
+    log: bool = False
+    """Print one line a request, without what was said."""
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Limits)
+
+
+def run(arguments: Arguments) -> int:
+    """Loads the model, serves until a signal comes."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise GptOssError(
+            f"gptoss serve needs {', '.join(missing)}: pip install 'gptoss_jax[serve]'"
+        )
+    from gptoss_jax.server.security import check_exposure, read_keys
+
+    keys = read_keys(arguments.api_key_file)
+    check_exposure(arguments.host, keys, arguments.no_auth)
+    settings = ServerSettings(
+        **dataclasses.asdict(arguments.limits),
+        api_keys=keys,
+        date=arguments.date,
+        cors_origins=arguments.cors,
+        log=arguments.log,
+    )
+    engine = _engine(arguments)
+    try:
+        return _serve(engine, settings, arguments)
+    finally:
+        engine.close(drain=0)
+
+
+def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
+    out: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in out:
+            raise GptOssError(f"--adapter {text}: give each as NAME=FOLDER, each name once")
+        out[name] = Path(folder)
+    return out
+
+
+def _engine(arguments: Arguments) -> Any:
+    model = load_model(arguments.model, adapters=_adapters(arguments.adapter))
+    from gptoss_jax.batching import Engine, EngineSettings
+
+    name = arguments.name
+    if name is None and Path(model.name).is_dir():
+        name = Path(model.name).resolve().name
+    model = dataclasses.replace(model, name=name or model.name)
+    with working("compiling"):
+        return Engine(model, EngineSettings(slots=arguments.slots, max_queue=arguments.queue))
+
+
+def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
+    import uvicorn
+
+    from gptoss_jax.server.app import create_app
+
+    app = create_app(engine, settings)
+    service = app.state.service
+
+    class Server(uvicorn.Server):
+        """uvicorn's, draining before it ends."""
+
+        signal = 0
+        ends = 0.0
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if service.draining:  # the second signal: at once
+                self.should_exit = self.force_exit = True
+            self.signal = self.signal or sig
+            self.ends = self.ends or time.monotonic() + settings.drain_seconds
+            service.draining = True
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+                print(f"{engine.name} is served at http://{host}:{port}", flush=True)
+
+        async def on_tick(self, counter: int) -> bool:
+            over = await super().on_tick(counter)
+            return over or (
+                service.draining and (not service.running or time.monotonic() > self.ends)
+            )
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            engine.close(drain=0)  # what still runs ends with an error that says so
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        lifespan="off",
+    )
+    server = Server(config)
+    server.run()
+    if not server.started:
+        raise GptOssError(
+            f"cannot listen on {arguments.host} port {arguments.port}: is it in use? give --port"
+        )
+    return 130 if server.signal == signal.SIGINT else 0
