@@ -27,6 +27,9 @@ class Limits:
       drain_seconds: How long SIGTERM lets running requests finish.
       keepalive_seconds: A stream that has been silent for so long gets a comment.
       allow_control_tokens: /v1/completions accepts control tokens as ids.
+      max_stored: Most stored responses (/v1/responses); those not used for longest go first.
+      max_stored_bytes: Most bytes of stored responses; likewise.
+      stored_seconds: How long a stored response stays after its last use.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -44,6 +47,9 @@ class Limits:
     drain_seconds: float = 30.0
     keepalive_seconds: float = 15.0
     allow_control_tokens: bool = False
+    max_stored: int = 10_000
+    max_stored_bytes: int = 512 * 2**20
+    stored_seconds: float = 30 * 86_400.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -64,12 +70,14 @@ class ServerSettings(Limits):
       date: "YYYY-MM-DD" that the model is told. None: the day on which the request comes, in the
         server's time zone; all cached prefixes change at midnight then.
       cors_origins: Origins whose pages may call; none by default.
+      store: File of /v1/responses (server/store.py); None keeps responses in memory only.
       log: One line a request on stdout.
     """
 
     api_keys: Sequence[str] = ()
     date: str | None = None
     cors_origins: Sequence[str] = ()
+    store: str | None = None
     log: bool = False
 
     def __post_init__(self):
