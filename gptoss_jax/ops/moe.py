@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax import sharding
 from gptoss_jax.mxfp4 import MxTensor, nearest
@@ -24,6 +24,7 @@ UNPACKED_LIMIT = (
 # Rows of one expert that share one unpacking in the grouped path: unpacking costs a CPU about as
 # much as 25 rows.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
+SMALLEST_PART = 8  # of a batch in which not all rows count
 
 Weight = MxTensor | jax.Array
 Addition = LowRank | Rounded
@@ -90,6 +91,7 @@ def expert_mlp(
     limit: float,
     rows: tuple[str, ...] = (),
     low_rank: dict[str, Addition] | None = None,
+    counted_M: Bool[Array, " M"] | None = None,
 ) -> Float[Array, "M D"]:
     """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x: the chosen
     experts only.
@@ -111,10 +113,14 @@ def expert_mlp(
       low_rank: Additions to the weights, "gate_up" (a [E, R, D], b [E, F, P, R]) and "down" (a [E,
         R, F], b [E, D, R]), either or both; gains [M, R] or [1, R]. With `Rounded` a block of rows
         makes the merged weight of its expert, rounded to MXFP4.
+      counted_M: Rows that matter: the others give zeros, and their experts are not computed (no
+        gradient). A row's result does not depend on which others count. None counts all.
 
     Returns:
       [M, D] in x's dtype.
     """
+    if counted_M is not None:
+        experts_MX = jnp.where(counted_M[:, None], experts_MX, gate_up_EFPD.shape[0])
     low_rank = {
         name: pair._replace(
             gain_BR=jnp.broadcast_to(pair.gain_BR, (x_MD.shape[0], pair.gain_BR.shape[1]))
@@ -125,7 +131,9 @@ def expert_mlp(
     if sharding.current() is not None:
         return _spread_mlp(*parts, low_rank, alpha=alpha, limit=limit, rows=rows)
     with jax.named_scope("expert_mlp"):
-        return _mlp(*parts, low_rank, alpha=alpha, limit=limit).astype(x_MD.dtype)
+        some = counted_M is not None
+        out_MD = _mlp(*parts, low_rank, alpha=alpha, limit=limit, some=some)
+        return out_MD.astype(x_MD.dtype)
 
 
 def _spread_mlp(
@@ -205,8 +213,11 @@ def _mlp(
     alpha,
     limit,
     spread=(),
+    some=False,
 ):
-    """`expert_mlp` on one device, float32; `spread` over mesh axes, expert E is nobody's."""
+    """`expert_mlp` on one device, float32; `spread` over mesh axes or with `some`, expert E is
+    nobody's.
+    """
     M, X = experts_MX.shape
     E, F, P, D = gate_up_EFPD.shape
     pairs = M * X
@@ -226,10 +237,13 @@ def _mlp(
             out = out + low_rank_product("bF,DF->bD", act, added["down"])
         return out
 
-    run = functools.partial(_for_each, unpacked=F * P * D + D * F)
-    if spread:
-        run = functools.partial(_for_each_present, count=E, spread=spread)
-    if pairs <= max(E, SMALLEST_BLOCK):
+    run = functools.partial(_for_each, unpacked=F * P * D + D * F, count=E, spread=spread)
+    if some:
+        block = min(LARGEST_BLOCK, max(SMALLEST_PART, 1 << (pairs // E - 1).bit_length()))
+        slots, sources, block_experts = group(experts_MX.reshape(-1), E + 1, block)
+        out = _for_those(one, x_MD, sources // X, block_experts, low_rank, E, block)
+        out = jnp.take(out, slots, axis=0)
+    elif pairs <= max(E, SMALLEST_BLOCK):
         rows = jnp.repeat(x_MD, X, axis=0)[:, None]  # [M X, 1, D]
         chosen = experts_MX.reshape(-1)
         added = _added(low_rank, chosen, lambda g_MR: jnp.repeat(g_MR, X, axis=0)[:, None])
@@ -249,6 +263,33 @@ def _mlp(
     return (out.reshape(M, X, D) * weights_MX[..., None]).sum(1)
 
 
+def _for_those(one, x_MD, sources, experts, low_rank, count, block):
+    """one(rows, expert, added) for the blocks of experts below `count`, which come first; zeros for
+    the others.
+    """
+    rows = jnp.take(x_MD, sources, axis=0, mode="fill", fill_value=0).reshape(
+        -1, block, *x_MD.shape[1:]
+    )
+    gains = {
+        name: jnp.take(pair.gain_BR, sources, axis=0, mode="fill", fill_value=0).reshape(
+            len(rows), block, -1
+        )
+        for name, pair in low_rank.items()
+    }
+
+    def body(i, out):
+        expert = experts[i]
+        added = {
+            name: type(pair)(pair.a[expert], pair.b[expert], gains[name][i])
+            for name, pair in low_rank.items()
+        }
+        return out.at[i].set(one(rows[i], expert, added))
+
+    out = jnp.zeros(rows.shape, jnp.float32)
+    used = (experts < count).sum(dtype=jnp.int32)
+    return jax.lax.fori_loop(0, used, body, out).reshape(-1, x_MD.shape[1])
+
+
 def group(
     experts_R: Int[Array, " R"], count: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -262,7 +303,7 @@ def group(
 
     Returns:
       slot of each row [R]; row of each slot [blocks * block], R * large for an empty one; expert of
-      each block.
+      each block, `count` for an empty one.
     """
     R = experts_R.shape[0]
     blocks = R // block + min(count, R)  # sum of ceil(c_e / block) is never more
@@ -283,7 +324,7 @@ def group(
         jnp.full(blocks * block, empty, jnp.int32).at[sorted_slots].set(order.astype(jnp.int32))
     )
     block_experts = jnp.searchsorted(block_ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
-    return slots, sources, jnp.minimum(block_experts, count - 1).astype(jnp.int32)
+    return slots, sources, block_experts.astype(jnp.int32)
 
 
 def _added(low_rank, experts, gains) -> dict[str, Addition]:
@@ -300,29 +341,24 @@ def _added(low_rank, experts, gains) -> dict[str, Addition]:
     }
 
 
-def _for_each(one, rows, experts, added, unpacked):
+def _for_each(one, rows, experts, added, *, unpacked, count, spread):
     """one(rows[i], experts[i], added[i]) for every i: all at once if the unpacked weights are few,
-    else one after another.
+    else one after another. Where the expert is nobody's (`count` or more) the result is of no use:
+    one after another it is not computed, but zeros.
     """
-    if rows.shape[0] * unpacked <= UNPACKED_LIMIT:
-        return jax.vmap(one)(rows, experts, added)
-    return jax.lax.map(jax.checkpoint(lambda step: one(*step)), (rows, experts, added))
+    if not spread and rows.shape[0] * unpacked <= UNPACKED_LIMIT:
+        return jax.vmap(one)(rows, jnp.minimum(experts, count - 1), added)
 
-
-def _for_each_present(one, rows, experts, added, count, spread):
-    """`_for_each`, one after another; expert `count` is nobody's: zeros, its step is skipped."""
-
-    def present(pair):
-        return one(*pair)
-
-    def absent(pair):
-        return jax.lax.pcast(jnp.zeros(pair[0].shape, jnp.float32), spread, to="varying")
+    def absent(rows, *_):
+        zeros = jnp.zeros(rows.shape, jnp.float32)
+        return jax.lax.pcast(zeros, spread, to="varying") if spread else zeros
 
     @jax.checkpoint
-    def step(pair):
-        return jax.lax.cond(pair[1] < count, present, absent, pair)
+    def step(given):
+        present, parts = given
+        return jax.lax.cond(present, one, absent, *parts)
 
-    return jax.lax.map(step, (rows, experts, added))
+    return jax.lax.map(step, (experts < count, (rows, experts, added)))
 
 
 def _weight(weight: Weight, added: Addition | None, subscripts: str, dtype) -> jax.Array:
