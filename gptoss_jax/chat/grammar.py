@@ -32,17 +32,14 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gptoss_jax.chat.grammar_schema import prepare
-from gptoss_jax.chat.grammar_tokens import CompletionMask, compile_grammar
-from gptoss_jax.chat.grammar_trial import try_grammar
+from gptoss_jax.chat.grammar_schema import constrained, prepare
+from gptoss_jax.chat.grammar_tokens import CompiledGrammar, CompletionMask
+from gptoss_jax.chat.grammar_trial import try_grammars
 from gptoss_jax.chat.messages import ResponseFormat, Tool
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import llguidance
 
 MOST_CHARACTERS = 64 * 1024  # of a regex, a Lark grammar, or choices together
 MOST_TOTAL = 1024 * 1024  # of all schemas of a request as JSON
@@ -85,12 +82,12 @@ class Grammar:
     """
 
     loose: tuple[str, ...]
-    matcher: "llguidance.LLMatcher" = dataclasses.field(repr=False)
+    compiled: CompiledGrammar = dataclasses.field(repr=False)
     tokenizer: Tokenizer = dataclasses.field(repr=False)
 
     def mask(self) -> CompletionMask:
         """A mask for one completion, at its beginning."""
-        return CompletionMask(self.matcher.deep_copy(), self.tokenizer)
+        return CompletionMask(self.compiled, self.tokenizer)
 
 
 def completion_grammar(
@@ -168,8 +165,8 @@ def _offered(tools: Sequence[Tool], choice: str) -> tuple[list[Tool], bool]:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(grammar: str, tokenizer: Tokenizer) -> "llguidance.LLMatcher":
-    return compile_grammar(grammar, tokenizer)
+def _compiled(grammar: str, tokenizer: Tokenizer) -> CompiledGrammar:
+    return CompiledGrammar(grammar, tokenizer)
 
 
 def _arguments(tool: Tool, bound: bool) -> tuple[dict[str, Any], bool]:
@@ -216,7 +213,10 @@ def _answer(structure: Structure) -> dict[str, Any]:
 
 
 def _tried(part: dict[str, Any], what: str) -> dict[str, Any]:
-    try_grammar(json.dumps({"grammars": [part]}), what)
+    parts = [part]
+    if "json_schema" in part:
+        parts += [{"json_schema": schema} for schema in constrained(part["json_schema"])]
+    try_grammars([json.dumps(part) for part in parts], what)
     return part
 
 

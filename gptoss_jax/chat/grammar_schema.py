@@ -6,14 +6,19 @@ harmony. Every rewriting makes the schema stricter or leaves it as it is, so wha
 result accepts is valid under the schema that was given:
 
     bounds beyond 2**53              2**53, where llguidance's ranges are exact
+    bounds of numbers                12 digits and inclusive: llguidance rounds them at 15, and
+                                     1.00000000000000000001 is above 1 only until it is read
     date, time, date-time            no 29 February in other years, no year 0, no second 60
     `\\u0000` in a string            only where a key cannot be spelled in two ways by it
+
+    multiples of a whole number      integers, where llguidance does not panic
 
 Refused although llguidance takes them: numbers that floats do not hold, minProperties that a
 repeated key could meet, schemas that only an infinite value satisfies, keywords of old drafts.
 """
 
 import collections
+import decimal
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -25,6 +30,7 @@ MOST_BYTES = 256 * 1024  # of one schema as JSON
 MOST_DEPTH = 100  # of the schema's own nesting; llguidance reads 127
 MOST_OPTIONAL = 1000  # properties of one object; each doubles what may come next
 EXACT = 2**53
+DIGITS, PLACES = 12, 15  # of a bound: significant ones, and after the point
 WHITESPACE = r"\x20|\n\x20{0,48}"  # at most once at a place, so that blanks end
 
 _UNSUPPORTED = frozenset(
@@ -38,12 +44,8 @@ _FORMATS = frozenset(
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _ONES = ("items", "additionalProperties")
-_BOUNDS = {
-    "minimum": -EXACT,
-    "exclusiveMinimum": -EXACT,
-    "maximum": EXACT,
-    "exclusiveMaximum": EXACT,
-}
+_LOWEST, _HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_SINGLE = (*_LOWEST, *_HIGHEST, "multipleOf", "pattern", "format", "minLength", "maxLength")
 _SCALARS = {"string", "number", "integer", "boolean", "null"}
 
 _YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -93,6 +95,26 @@ def prepare(schema: Any, what: str) -> dict[str, Any]:
     return root
 
 
+def constrained(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a prepared schema says of single strings and numbers, each as a schema of its own: where
+    these are possible, and their values, shows a trial better than where they stand.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    stack: list[Any] = [schema]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, dict):
+            continue
+        own = {key: node[key] for key in _SINGLE if key in node}
+        if own and not {"const", "enum"} & node.keys():
+            own["type"] = sorted(_types(node) & _SCALARS)
+            own["x-guidance"] = schema["x-guidance"]
+            if own["type"]:
+                found[json.dumps(own)] = own
+        stack += [child for _, child in _children(node)]
+    return list(found.values())
+
+
 class _Check:
     """One pass over every subschema, references followed."""
 
@@ -121,13 +143,16 @@ class _Check:
                 queue.append((child, f"{place}/{name}", depth + 1))
             if "$ref" in node:
                 queue.append((self.target(node), node["$ref"], depth))
-        endless = _endless(self.root, self.nodes, self.target)
+        endless = _endless(self.nodes, self.target)
         if endless is not None:
             self.refuse(
                 self.places[id(endless)],
                 "only an endless value would be valid: make a property on the way optional, or "
                 "allow null",
             )
+        circle = _circle(self.nodes, self.target)
+        if circle is not None:
+            self.refuse(self.places[id(circle)], "it refers to itself: remove the reference")
         if _open(self.root):
             self.check_characters()
         for node in self.nodes:
@@ -170,11 +195,10 @@ class _Check:
             for value in _leaves(node.get(key)):
                 if isinstance(value, int | float) and not _held(value):
                     self.refuse(place, f"the number {value} in {key} is not exact: use a string")
-        for key in (*_BOUNDS, "multipleOf"):
+        for key in (*_LOWEST, *_HIGHEST, "multipleOf"):
             value = node.get(key)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                lowest = key in ("minimum", "exclusiveMinimum")
-                beyond = value > EXACT if lowest else value < -EXACT
+                beyond = value > EXACT if key in _LOWEST else value < -EXACT
                 if beyond or not math.isfinite(value) or (key == "multipleOf" and value > EXACT):
                     self.refuse(place, f"{key} {value} is beyond 2**53, which is not supported")
 
@@ -244,7 +268,7 @@ def _held(value: int | float) -> bool:
     """Does llguidance write this number as it is? It goes by way of float64 and decimal places."""
     if isinstance(value, int):
         return abs(value) <= EXACT
-    return value == 0 or 1e-15 <= abs(value) <= 1e15
+    return value == 0 or 10.0**-PLACES <= abs(value) <= 10.0**PLACES
 
 
 def _open(root: dict[str, Any]) -> bool:
@@ -264,10 +288,33 @@ def _open(root: dict[str, Any]) -> bool:
 
 
 def _tighten(node: dict[str, Any]) -> None:
-    for key, most in _BOUNDS.items():
-        value = node.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            node[key] = max(value, most) if most < 0 else min(value, most)
+    kinds, step = _types(node), node.get("multipleOf", 0.5)
+    if "number" in kinds and isinstance(step, int | float) and step == int(step):
+        kinds = kinds - {"number"} | {"integer"}
+        node["type"] = sorted(kinds)
+    fractions = "number" in kinds
+    for name, sign, down in (
+        ("minimum", 1, decimal.ROUND_CEILING),
+        ("maximum", -1, decimal.ROUND_FLOOR),
+    ):
+        context = decimal.Context(prec=DIGITS, Emin=DIGITS - 1 - PLACES, rounding=down)
+        exclusive = f"exclusive{name.capitalize()}"
+        bounds = []
+        for key in (name, exclusive):
+            value = node.get(key)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            value = max(value, -EXACT) if sign > 0 else min(value, EXACT)
+            node[key] = value
+            if not fractions:
+                continue
+            exact = decimal.Decimal(str(value))
+            if key == exclusive:
+                exact = context.next_plus(exact) if sign > 0 else context.next_minus(exact)
+            bounds.append(float(context.plus(exact)))
+        if bounds:
+            node.pop(exclusive, None)
+            node[name] = max(bounds) if sign > 0 else min(bounds)
     if node.get("format") in _PATTERNS and "string" in _types(node):
         pattern = _PATTERNS[node.pop("format")]
         if "pattern" in node:
@@ -276,7 +323,7 @@ def _tighten(node: dict[str, Any]) -> None:
             node["pattern"] = pattern
 
 
-def _endless(root: Any, nodes: list[dict[str, Any]], target) -> dict[str, Any] | None:
+def _endless(nodes: list[dict[str, Any]], target) -> dict[str, Any] | None:
     """A subschema that no finite value satisfies, or None.
 
     Least fixed point: a node is finite as soon as each of its needs has one finite subschema.
@@ -304,6 +351,28 @@ def _endless(root: Any, nodes: list[dict[str, Any]], target) -> dict[str, Any] |
                 finite.add(need[0])
                 ready.append(need[0])
     return next((node for node in nodes if id(node) not in finite), None)
+
+
+def _circle(nodes: list[dict[str, Any]], target) -> dict[str, Any] | None:
+    """A subschema whose check of a value begins with the same check, or None."""
+    state: dict[int, bool] = {}  # open, or done
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                state[id(node)] = True
+                continue
+            if isinstance(node, bool) or state.get(id(node)):
+                continue
+            if id(node) in state:
+                return node
+            state[id(node)] = False
+            stack.append((node, True))
+            same = [child for key in ("allOf", "anyOf", "oneOf") for child in node.get(key, ())]
+            same += [target(node)] if "$ref" in node else []
+            stack += [(child, False) for child in same]
+    return None
 
 
 def _needs(node: dict[str, Any], target) -> list[list[dict[str, Any]]]:

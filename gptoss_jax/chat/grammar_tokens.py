@@ -6,6 +6,7 @@ are what llguidance calls special tokens: a grammar names them by id, no text ma
 """
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,15 +19,52 @@ if TYPE_CHECKING:
     import llguidance
 
 
+class CompiledGrammar:
+    """A grammar (llguidance's JSON), ready to be followed from its beginning any number of times.
+
+    What is followed shares one lexer, whose states add up to a limit, and which is lost for all if
+    llguidance panics in one: `again` then makes a new one.
+
+    Raises:
+      GptOssError: llguidance refuses the grammar.
+    """
+
+    def __init__(self, grammar: str, tokenizer: Tokenizer):
+        self._grammar, self._vocabulary = grammar, _vocabulary(tokenizer)
+        self._first = self._compile()
+
+    def start(self) -> "llguidance.LLMatcher":
+        return self._first.deep_copy()
+
+    def again(self, tokens: Sequence[int]) -> "llguidance.LLMatcher":
+        """The state after the tokens, with nothing remembered; this becomes the one that others
+        start from.
+        """
+        self._first = self._compile()
+        matcher = self.start()
+        matcher.try_consume_tokens(list(tokens))
+        return matcher
+
+    def _compile(self) -> "llguidance.LLMatcher":
+        import llguidance as ll
+
+        limits = ll.LLParserLimits(**LIMITS)
+        matcher = ll.LLMatcher(self._vocabulary, self._grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise GptOssError(f"the grammar is not possible: {first_line(matcher.get_error())}")
+        return matcher
+
+
 class CompletionMask:
     """Which tokens may come next in one completion (batching.TokenMask). Not for several threads
     at once.
     """
 
-    def __init__(self, matcher: "llguidance.LLMatcher", tokenizer: Tokenizer):
-        self._matcher = matcher
+    def __init__(self, grammar: CompiledGrammar, tokenizer: Tokenizer):
+        self._grammar, self._matcher = grammar, grammar.start()
         self._stops = tokenizer.stop_ids
         self._words = -(-tokenizer.vocab_size // 32)
+        self._taken: list[int] = []
         self._over = False
 
     def fill(self, allowed: np.ndarray) -> None:
@@ -38,50 +76,48 @@ class CompletionMask:
 
         Raises:
           GptOssError: The grammar has come to a state that takes too long to work out, or in which
-            it has nothing to say.
+            nothing can follow.
         """
         if allowed.dtype != np.uint32 or allowed.ndim != 1 or not allowed.flags.c_contiguous:
             raise ValueError(
                 f"expected contiguous uint32 [words], got {allowed.dtype} {allowed.shape}"
             )
-        if self._over:
-            allowed[:] = 0
-            for token in self._stops:
-                allowed[token // 32] |= np.uint32(1 << token % 32)
-            return
-        words = allowed[: self._words]
         allowed[self._words :] = 0
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._matcher.is_error() or self._matcher.is_stopped():
-            raise GptOssError(
-                "the grammar cannot go on here: "
-                f"{first_line(self._matcher.get_error() or self._matcher.stop_reason())}: make it "
-                "simpler"
-            )
+        words = allowed[: self._words]
+        if self._over:
+            words[:] = 0
+            for token in self._stops:
+                words[token // 32] |= np.uint32(1 << token % 32)
+            return
+        if not self._fill(words):
+            self._matcher = self._grammar.again(self._taken)
+            if not self._fill(words):
+                reason = self._matcher.get_error() or self._matcher.stop_reason()
+                raise GptOssError(
+                    f"the grammar cannot go on here ({first_line(reason)}): make it simpler"
+                )
+
+    def _fill(self, words: np.ndarray) -> bool:
+        matcher = self._matcher
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        return not (matcher.is_error() or matcher.is_stopped())
 
     def accept(self, token: int) -> bool:
         """Takes the next token; False, and no change, if it is not allowed."""
         if self._over:
             return token in self._stops
-        if self._matcher.try_consume_tokens([token]) != 1:
-            return False
-        self._over = self._matcher.is_stopped() and not self._matcher.is_error()
-        return True
-
-
-def compile_grammar(grammar: str, tokenizer: Tokenizer) -> "llguidance.LLMatcher":
-    """llguidance's matcher at the start of the grammar (its JSON); copy it for each use.
-
-    Raises:
-      GptOssError: llguidance refuses the grammar.
-    """
-    import llguidance as ll
-
-    vocabulary = _vocabulary(tokenizer)
-    matcher = ll.LLMatcher(vocabulary, grammar, log_level=0, limits=ll.LLParserLimits(**LIMITS))
-    if matcher.is_error():
-        raise GptOssError(f"the grammar is not possible: {first_line(matcher.get_error())}")
-    return matcher
+        taken = self._matcher.try_consume_tokens([token]) == 1
+        if not taken:
+            # llguidance refuses silently, too, when its lexer is full; the mask tells which it is
+            words = np.zeros(self._words, np.uint32)
+            self.fill(words)
+            if words[token // 32] >> np.uint32(token % 32) & 1:
+                self._matcher = self._grammar.again(self._taken)
+                taken = self._matcher.try_consume_tokens([token]) == 1
+        if taken:
+            self._taken.append(token)
+            self._over = self._matcher.is_stopped() and not self._matcher.is_error()
+        return taken
 
 
 @functools.lru_cache(maxsize=4)

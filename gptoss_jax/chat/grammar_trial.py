@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gptoss_jax.errors import GptOssError
@@ -32,23 +33,23 @@ WALKS, STEPS = 4, 120
 LIMITS = {
     "max_items_in_row": 10_000,
     "step_max_items": 100_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 100_000,
     "verbose_errors": False,
 }
-_EOS = 256
+_EOS, _STOP = 256, 257  # tokens of its's vocabulary, after the bytes
 
 _lock = threading.Lock()
 _child: "subprocess.Popen[str] | None" = None
 
 
-def try_grammar(grammar: str, what: str) -> None:
-    """Returns if the grammar (llguidance's JSON, without control tokens) compiles and can be
-    walked through.
+def try_grammars(grammars: Sequence[str], what: str) -> None:
+    """Returns if every grammar compiles and can be walked through: each one of llguidance's, as
+    JSON, without control tokens.
 
     Raises:
       GptOssError: It does not, or takes too long.
     """
-    answer = _ask(grammar)
+    answer = _ask(tuple(grammars))
     if answer is None:
         raise GptOssError(
             f"{what}: it takes more than {SECONDS} s or too much memory to work out: make it "
@@ -59,14 +60,14 @@ def try_grammar(grammar: str, what: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)  # refusals too: a second one costs nothing
-def _ask(grammar: str) -> str | None:
-    """What is wrong with the grammar: "" if nothing, None if trying it ended the process."""
+def _ask(grammars: tuple[str, ...]) -> str | None:
+    """What is wrong with the grammars: "" if nothing, None if trying it ended the process."""
     with _lock:
         child = _start()
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps(grammar) + "\n")
+            child.stdin.write(json.dumps(grammars) + "\n")
             child.stdin.flush()
             ready, _, _ = select.select([child.stdout], [], [], PATIENCE)
             line = child.stdout.readline() if ready else None
@@ -110,10 +111,12 @@ def first_line(error: str) -> str:
     return line if len(line) <= 300 else line[:300] + "..."
 
 
-def try_here(grammar: str) -> str:
+def try_here(part: str) -> str:
     """What is wrong with the grammar, or ""; what the process that tries does with each."""
     import llguidance as ll
 
+    whole = {"lark_grammar": f"start: @part <[{_STOP}]>"}  # a control token follows, as it will
+    grammar = json.dumps({"grammars": [whole, {"name": "part", **json.loads(part)}]})
     matcher = ll.LLMatcher(_bytes(), grammar, log_level=0, limits=ll.LLParserLimits(**LIMITS))
     if matcher.is_error():
         return first_line(matcher.get_error())
@@ -122,11 +125,12 @@ def try_here(grammar: str) -> str:
         walk = matcher.deep_copy()
         for _ in range(STEPS):
             mask = int.from_bytes(walk.compute_bitmask(), "little")
-            if walk.is_error() or not mask:
+            if walk.is_error() or walk.is_stopped() or not mask:
                 return f"it leads to a dead end ({first_line(walk.get_error())})"
-            tokens = [token for token in range(_EOS + 1) if mask >> token & 1]
-            token = choose.choice(tokens)
-            if token == _EOS or not walk.consume_token(token):
+            token = choose.choice([token for token in range(_STOP + 1) if mask >> token & 1])
+            if not walk.consume_token(token):
+                return f"it leads to a dead end ({first_line(walk.get_error())})"
+            if token == _STOP:
                 break
     return ""
 
@@ -138,8 +142,8 @@ def _bytes() -> "llguidance.LLTokenizer":
     class Bytes:
         eos_token_id = _EOS
         bos_token_id = None
-        tokens = (*(bytes([byte]) for byte in range(256)), b"<|eos|>")
-        special_token_ids = (_EOS,)
+        tokens = (*(bytes([byte]) for byte in range(256)), b"<|eos|>", b"<|stop|>")
+        special_token_ids = (_EOS, _STOP)
 
         def __call__(self, text: bytes | str) -> list[int]:
             return list(text.encode() if isinstance(text, str) else text)
@@ -150,7 +154,7 @@ def _bytes() -> "llguidance.LLTokenizer":
 def _serve() -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
-        answer = try_here(json.loads(line))
+        answer = next(filter(None, map(try_here, json.loads(line))), "")
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 
