@@ -124,7 +124,7 @@ export function assistantView(message) {
     reasoning.classList.toggle("live", live);
     const tokens = message.meta.usage?.completion_tokens_details?.reasoning_tokens;
     const took = live ? seconds : message.meta.thought;
-    const text = `${live ? "Thinking" : "Thought"}${took === undefined ? "" : ` for ${took.toFixed(1)} s`}`
+    const text = `${live ? "Thinking" : "Thought"}${took === undefined ? "" : ` for ${took.toFixed(took < 0.1 ? 2 : 1)} s`}`
       + (tokens ? `, ${count(tokens, "token")}` : "");
     if (label.textContent !== text) label.textContent = text;
   }
