@@ -6,6 +6,7 @@ It listens on this machine only unless --host says otherwise, and then asks for 
 ones finish within --drain-seconds, exit code 0.
 """
 
+import asyncio
 import dataclasses
 import importlib.util
 import signal
@@ -51,6 +52,8 @@ class Arguments:
     """
     cors: tuple[str, ...] = ()
     """Origins (https://example.org) whose pages may call."""
+    store: Path | None = None
+    """File that keeps what /v1/responses stores; by default it is kept in memory only."""
     log: bool = False
     """Print one line a request, without what was said."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Limits)
@@ -72,6 +75,7 @@ def run(arguments: Arguments) -> int:
         api_keys=keys,
         date=arguments.date,
         cors_origins=arguments.cors,
+        store=None if arguments.store is None else str(arguments.store),
         log=arguments.log,
     )
     engine = _engine(arguments)
@@ -94,13 +98,17 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
 def _engine(arguments: Arguments) -> Any:
     model = load_model(arguments.model, adapters=_adapters(arguments.adapter))
     from gptoss_jax.batching import Engine, EngineSettings
+    from gptoss_jax.chat.render import harmony
 
     name = arguments.name
     if name is None and Path(model.name).is_dir():
         name = Path(model.name).resolve().name
     model = dataclasses.replace(model, name=name or model.name)
     with working("compiling"):
-        return Engine(model, EngineSettings(slots=arguments.slots, max_queue=arguments.queue))
+        engine = Engine(model, EngineSettings(slots=arguments.slots, max_queue=arguments.queue))
+        engine.warm_up()
+        harmony()
+    return engine
 
 
 def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
@@ -138,7 +146,8 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
             )
 
         async def shutdown(self, sockets: Any = None) -> None:
-            engine.close(drain=0)  # what still runs ends with an error that says so
+            # what still runs ends with an error that says so
+            await asyncio.to_thread(engine.close, 0)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(

@@ -268,7 +268,7 @@ class ChatBody(SamplingBody):
         try:
             messages = from_openai([_plain(message) for message in self.messages])
         except GptOssError as error:
-            raise bad(str(error), "messages") from None
+            raise bad(f"messages: {error}", "messages") from None
         tools, choice = self._tools(settings)
         guide = self._guide(settings)
         json_format = guide if isinstance(guide, ResponseFormat) else None

@@ -146,13 +146,13 @@ class StructuredOutputs(Strict):
 def guide_of(kind: str, value: Any, settings: ServerSettings, param: str) -> Regex | Choice | Lark:
     """A regex, choice or grammar within the server's limits."""
     if kind == "choice" and not (value and all(value)):
-        raise bad("choice: give one or more strings that are not empty", param)
+        raise bad(f"{param}: give one or more strings that are not empty", param)
     size = sum(map(len, value))
     if not size:
-        raise bad(f"{kind}: expected text, got none", param)
+        raise bad(f"{param}: expected text, got none", param)
     if size > settings.max_schema_bytes:
         raise bad(
-            f"{kind} has {size} characters: at most {settings.max_schema_bytes} are allowed", param
+            f"{param} has {size} characters: at most {settings.max_schema_bytes} are allowed", param
         )
     if kind == "choice":
         return Choice(tuple(value))

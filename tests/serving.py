@@ -1,0 +1,131 @@
+"""What the server's tests share: an application over a scripted engine, in this process or behind a
+port."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+import uvicorn
+from fakes import ScriptedEngine
+
+from gptoss_jax.server.app import create_app
+from gptoss_jax.server.settings import ServerSettings
+
+DATE = "2026-01-01"
+F = "<|channel|>final<|message|>"
+A = "<|channel|>analysis<|message|>"
+P = "<|channel|>commentary<|message|>"
+E, S, R, C = "<|end|>", "<|start|>assistant", "<|return|>", "<|call|>"
+HELLO = f"{A}Think.{E}{S}{F}Hello world{R}"
+USER = [{"role": "user", "content": "hi"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def call(name, arguments, stop=C):
+    """A call as the model writes it."""
+    return (
+        f" to=functions.{name}<|channel|>commentary <|constrain|>json<|message|>{arguments}{stop}"
+    )
+
+
+def app_of(*scripts, settings=None, **engine):
+    """An application and its engine."""
+    engine = ScriptedEngine(*scripts, **engine)
+    return create_app(engine, settings or ServerSettings(date=DATE)), engine
+
+
+def local(app, **more):
+    """A client of an application in this process."""
+    transport = httpx.ASGITransport(app)
+    return httpx.AsyncClient(transport=transport, base_url="http://server", timeout=30, **more)
+
+
+async def chat(app, **body):
+    """The answer of /v1/chat/completions."""
+    async with local(app) as client:
+        return await client.post("/v1/chat/completions", json={"messages": USER, **body})
+
+
+def events(text):
+    """The JSON of server-sent events, [DONE] checked and left out."""
+    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def summed(chunks, number=0):
+    """A choice as the sum of its chunks: message, finish_reason, logprobs."""
+    message, calls, logprobs, reason = {}, {}, None, None
+    for chunk in chunks:
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            if choice["index"] != number:
+                continue
+            assert reason is None, "a delta after the finish_reason"
+            reason = choice["finish_reason"]
+            if choice["logprobs"]:
+                logprobs = (logprobs or []) + choice["logprobs"]["content"]
+            for key, value in choice["delta"].items():
+                if key == "tool_calls":
+                    for part in value:
+                        place = calls.setdefault(part["index"], {"function": {"arguments": ""}})
+                        place["function"]["arguments"] += part["function"]["arguments"]
+                        place["function"].update(
+                            {k: v for k, v in part["function"].items() if k == "name"}
+                        )
+                        place.update({k: v for k, v in part.items() if k in ("id", "type")})
+                elif key == "function_call":
+                    place = message.setdefault(key, {"name": "", "arguments": ""})
+                    place["name"] += value.get("name", "")
+                    place["arguments"] += value["arguments"]
+                else:
+                    message[key] = message.get(key, "") + value
+    if calls:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return message, reason, logprobs
+
+
+@contextlib.contextmanager
+def served(app, **config):
+    """The application behind a port of this machine; yields its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="error", lifespan="off", **config)
+    )
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        sock.close()
+        assert not thread.is_alive()
+
+
+def until(condition, seconds=10.0):
+    """Waits until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.005)
