@@ -120,7 +120,7 @@ class Attention(_Declared):
             new = kv.write(keys, k, slots), kv.write(values, v, slots)
         if window is None:
             known = kv.full_positions(span.length_B, size)
-            return ops.attention(q, *new, sinks, positions, known), new
+            return ops.attention(q, *new, sinks, positions, known, extent_B=span.extent_B), new
         if one:  # the ring then holds all that the query sees
             known = kv.ring_positions(span.length_B, size)
             return ops.attention(q, *new, sinks, positions, known, window), new
@@ -170,9 +170,9 @@ class Mlp(_Declared):
             config, rngs, dtype, gate_up="EFPD", gate_up_bias="EFP", down="EDF", down_bias="ED"
         )
 
-    def __call__(self, x_BTD, added, shares):
-        """Adds the experts' output to x; also returns the chosen experts int32 [B, T, X], and the
-        router's share of every expert, float32 [B, T, E], if `shares`.
+    def __call__(self, x_BTD, added, shares, counted):
+        """Adds the experts' output to x, of the `counted` rows; also returns the chosen experts
+        int32 [B, T, X], and the router's share of every expert, float32 [B, T, E], if `shares`.
         """
         config, T = self.config, x_BTD.shape[1]
         # a row of the batch is T rows here
@@ -205,6 +205,7 @@ class Mlp(_Declared):
             limit=config.swiglu_limit,
             rows=rows,
             low_rank=added,
+            counted_M=counted,
         )
         routed = experts.reshape(*x_BTD.shape[:2], -1)
         if shares:
@@ -227,7 +228,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, span, stored, added, shares):
         x_BTD, stored = self.attention(x_BTD, span, stored, added.get("attention", {}))
-        x_BTD, routed = self.mlp(constrain(x_BTD, "BTD"), added.get("mlp", {}), shares)
+        x_BTD = constrain(x_BTD, "BTD")
+        x_BTD, routed = self.mlp(x_BTD, added.get("mlp", {}), shares, span.counted_M)
         return constrain(x_BTD, "BTD"), stored, routed
 
 
@@ -286,7 +288,7 @@ class _Span:
     rotation.
     """
 
-    def __init__(self, tokens_BT, mask_BT, before_B, config, segments_BT):
+    def __init__(self, tokens_BT, mask_BT, before_B, config, segments_BT, sparse):
         B, T = tokens_BT.shape
         steps = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         self.segments = None if segments_BT is None else (segments_BT, segments_BT)
@@ -302,6 +304,10 @@ class _Span:
         self.known_BT = (
             self.positions_BT if mask_BT is None else jnp.where(mask_BT, self.positions_BT, -1)
         )
+        self.extent_B = self.counted_M = None
+        if sparse:
+            self.extent_B = jnp.where(count_B > 0, self.length_B, 0)
+            self.counted_M = (self.known_BT >= 0).reshape(-1)
         inverse, concentration = frequencies(
             config.head_dim,
             config.rope_theta,
@@ -344,12 +350,15 @@ def hidden(
     added: Params | None = None,
     remat: bool = False,
     shares: bool = False,
+    sparse: bool = False,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Any]:
     """Hidden states before the unembedding; arguments as `apply`, and
 
     Args:
       remat: Keep only the layers' inputs for the backward pass, and compute the rest again.
       shares: Also return the routers' softmax over all experts.
+      sparse: Padding and what lies beyond the longest row of the cache cost little, and a token's
+        result does not depend on them: for batches of rows that come and go (no gradient).
 
     Returns:
       [B, T, D], the new cache, and the chosen experts int32 [B, T, layers, X]; with `shares` a pair
@@ -361,7 +370,8 @@ def hidden(
         # right-padding.
         order = jnp.argsort(~mask, axis=1, stable=True)
         tokens_BT, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens_BT, mask))
-    span = _Span(tokens_BT, mask, None if cache is None else cache.length_B, config, segments)
+    before = None if cache is None else cache.length_B
+    span = _Span(tokens_BT, mask, before, config, segments, sparse)
     network = nnx.merge(skeleton(config)[0], params)
     stored = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
     x_BTD, kept, routed = network(tokens_BT, span, stored, added or {}, remat, shares)

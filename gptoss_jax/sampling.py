@@ -196,7 +196,7 @@ def sample(
         )
         allowed_BV = None if allowed_BW is None else _bits(allowed_BW, logits_BV.shape[1])
         best_BV = logits_BV if allowed_BV is None else jnp.where(allowed_BV, logits_BV, -jnp.inf)
-        greedy_B = jnp.argmax(best_BV, axis=-1).astype(jnp.int32)
+        greedy_B = _argmax(best_BV)
 
         def draw():
             warm = s.temperature_B > 0
@@ -207,12 +207,21 @@ def sample(
                 some_B = (allowed_BV & (kept_BV > -jnp.inf)).any(1)
                 kept_BV = jnp.where(some_B[:, None], kept_BV, scaled_BV)
                 kept_BV = jnp.where(allowed_BV, kept_BV, -jnp.inf)
-            drawn_B = jnp.argmax(
-                kept_BV + _gumbel(s.keys_B2, positions_B, logits_BV.shape[1]), axis=-1
-            )
-            return jnp.where(warm, drawn_B.astype(jnp.int32), greedy_B)
+            drawn_B = _argmax(kept_BV + _gumbel(s.keys_B2, positions_B, logits_BV.shape[1]))
+            return jnp.where(warm, drawn_B, greedy_B)
 
         return jax.lax.cond((s.temperature_B > 0).any(), draw, lambda: greedy_B)
+
+
+def _argmax(x_BV):
+    """First place of the largest, int32; two reductions, which CPUs vectorise: four times as fast
+    as argmax there (1670 values, 32 rows).
+    """
+    V = x_BV.shape[1]
+    places = jnp.where(
+        x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32)[None], V - 1
+    )
+    return places.min(-1)
 
 
 def _bits(words_BW, size):

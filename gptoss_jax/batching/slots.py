@@ -162,7 +162,13 @@ def advance(
     added = _added(adapters, slots.adapter_B)
     mask_B1 = slots.active_B[:, None]
     x_B1D, cache, _ = hidden(
-        params, slots.last_B[:, None], slots.cache, config=config, mask=mask_B1, added=added
+        params,
+        slots.last_B[:, None],
+        slots.cache,
+        config=config,
+        mask=mask_B1,
+        added=added,
+        sparse=True,
     )
     assert cache is not None
     logits_BV = unembed(params, x_B1D[:, 0], added)
@@ -288,6 +294,7 @@ def read(
         config=config,
         mask=mask_1T,
         added=_added(adapters, number.reshape(1)),
+        sparse=True,
     )
     assert after is not None
 

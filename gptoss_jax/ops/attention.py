@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax import sharding
+
+KEY_BLOCK, KEY_BLOCKS = 128, 64  # keys read at once up to `extent_B`, and at most so many blocks
 SCORES_LIMIT = 1 << 26  # float32 scores held at once (256 MB): above it queries go block by block
 QUERY_BLOCK = 128
 
@@ -23,6 +26,7 @@ def attention(
     k_positions_BS: Int[Array, "B S"],
     window: int | None = None,
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    extent_B: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax over the visible keys and one sink per head, whose share is dropped.
 
@@ -39,6 +43,9 @@ def attention(
       k_positions_BS: int32, -1 where the slot holds nothing.
       window: Keys a query sees, itself included: positions p - window + 1 .. p; None for all.
       segments: Segment ids of queries and keys (packed training); None for one segment.
+      extent_B: int32; keys from this one on are visible to no query of the row that matters, and
+        only the blocks before it are read, one after another (no gradient). What lies in a block
+        that a query does not see changes no bit of its result. None reads all at once.
 
     Returns:
       [B, T, N, H] in q's dtype; scores, softmax and sums in float32.
@@ -50,6 +57,11 @@ def attention(
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     sinks_KG = sinks_N.reshape(K, N // K).astype(jnp.float32)
+    if extent_B is not None:
+        assert segments is None
+        parts = q_BTKGH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, extent_B
+        with jax.named_scope("attention"):
+            return _bounded(sinks_KG, window, *parts).reshape(B, T, N, H)
 
     def some(q, q_positions, q_segments):
         visible_BTS = _visible(q_positions, k_positions_BS, window)
@@ -194,6 +206,67 @@ def _average_backward(kept, d_out):
 
 
 _average.defvjp(_average_forward, _average_backward)
+
+
+def _bounded(sinks_KG, window, *rows):
+    """Attention up to each row's extent. CPUs take one row after another, each no further than it
+    reaches; others all rows together, as far as the longest.
+    """
+
+    def together(*rows):
+        return _by_keys(sinks_KG, window, *rows[:-1], rows[-1].max())
+
+    def apart(*rows):
+        def one(b, out):
+            own = (jax.lax.dynamic_slice_in_dim(x, b, 1) for x in (rows[0], *rows[3:]))
+            q, q_positions, k_positions, extent = own
+            part = _by_keys(sinks_KG, window, q, *rows[1:3], q_positions, k_positions, extent[0], b)
+            return jax.lax.dynamic_update_slice_in_dim(out, part, b, 0)
+
+        return jax.lax.fori_loop(0, rows[0].shape[0], one, jnp.zeros_like(rows[0]))
+
+    if sharding.current() is not None or rows[0].shape[0] == 1:
+        return together(*rows)
+    return jax.lax.platform_dependent(*rows, cpu=apart, default=together)
+
+
+def _by_keys(sinks_KG, window, q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, extent, row=None):
+    """`_softmax_average` over the blocks of keys before `extent`: sums are scaled as the largest
+    score grows (Milakov and Gimelshein 2018, algorithm 3). With `row` the queries are those of this
+    row of the keys.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S = k_BSKH.shape[1]
+    block = min(S, max(KEY_BLOCK, -(-S // KEY_BLOCKS)))
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    sinks = jnp.broadcast_to(sinks_KG[None, :, :, None, None], (B, K, G, T, 1))
+
+    def body(carry):
+        i, largest, total, out = carry
+        start = jnp.minimum(i * block, S - block)  # the last block may begin within the one before
+
+        def part(x):
+            at = (jnp.int32(0) if row is None else row, start, jnp.int32(0), jnp.int32(0))
+            return jax.lax.dynamic_slice(x, at, (B, block, K, H)).transpose(0, 2, 1, 3)
+
+        slots = start + jnp.arange(block, dtype=jnp.int32)
+        k_here = jax.lax.dynamic_slice_in_dim(k_positions, start, block, axis=1)
+        visible = _visible(q_positions, k_here, window) & (slots >= i * block)[None, None]
+        keys, values = part(k_BSKH), part(v_BSKH)
+        scores = _scores(q_BKRH, keys, visible)
+        new = jnp.maximum(largest, scores.max(-1, keepdims=True))
+        weights, scale = jnp.exp(scores - new), jnp.exp(largest - new)
+        total = total * scale + weights.sum(-1, keepdims=True)
+        weights = weights.astype(values.dtype).reshape(B, K, G * T, block)
+        added = jnp.einsum("BKRS,BKSH->BKRH", weights, values, preferred_element_type=jnp.float32)
+        return i + 1, new, total, out * scale.reshape(B, K, G * T, 1) + added
+
+    # The sink is the first score; it has no value.
+    empty = jnp.zeros((B, K, G * T, H), jnp.float32)
+    first = jnp.int32(0), sinks, jnp.ones_like(sinks), empty
+    _, _, total, out = jax.lax.while_loop(lambda carry: carry[0] * block < extent, body, first)
+    out = (out / total.reshape(B, K, G * T, 1)).astype(q_BTKGH.dtype)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
 def _by_blocks(some, q_BTKGH, positions_BT, segments_BT):
