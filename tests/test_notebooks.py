@@ -43,3 +43,17 @@ def test_runs(name, tmp_path):
         difference = re.search(r"largest difference of logits: (\S+)", texts)
         assert difference is not None
         assert float(difference[1]) < 1e-4
+    if name.startswith("04"):
+        assert "347 + 285 = 632" in texts
+        assert "58 + 67 = 125" in texts
+        assert "98895" in texts  # 347 * 285, from the tool's result
+        assert "Sum(answer=42)" in texts
+        right = re.search(r"(\d+) of 32 right", texts)
+        assert right is not None
+        assert int(right[1]) >= 30
+        faster = re.search(r"(\d+\.\d) x", texts)
+        assert faster is not None
+        assert float(faster[1]) > 1.5
+        assert "gptoss_engine_generated_tokens_total" in texts
+        assert len(images) == 1
+        assert "exit code 0" in texts
