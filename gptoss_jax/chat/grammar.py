@@ -7,7 +7,7 @@ grammar_schema.py makes it right for JSON schemas, grammar_trial.py safe, gramma
 to it. The whole completion is one grammar, so that the model reasons freely, writes its own
 headers and cannot leave the format:
 
-    completion  thought* (answer | call)
+    completion  thought{0,8} (answer | call)
     thought     <|channel|>analysis<|message|> TEXT <|end|><|start|>assistant
                 <|channel|>commentary<|message|> TEXT <|end|><|start|>assistant     with tools
     answer      <|channel|>final JSON-TYPE? <|message|> what is asked for <|return|>
@@ -43,6 +43,7 @@ from gptoss_jax.tokenizer import Tokenizer
 
 MOST_CHARACTERS = 64 * 1024  # of a regex, a Lark grammar, or choices together
 MOST_TOTAL = 1024 * 1024  # of all schemas of a request as JSON
+MOST_THOUGHTS = 8  # messages before the last, so that there is one
 _ANY_OBJECT = {"type": "object"}
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 _TEXT = "/(?s:.*)/"
@@ -281,5 +282,5 @@ def _layout(
             to, rest = f" to=functions.{name}", f"type? {message} @tool_{number}"
             rules["call"].append(f'"{to}" {channel} "commentary" {rest}')
             rules["call"].append(f'{channel} "commentary{to}" {rest}')
-    rules["start"] = ["thought* last" if rules["thought"] else "last"]
+    rules["start"] = [f"thought{{0,{MOST_THOUGHTS}}} last" if rules["thought"] else "last"]
     return "\n".join(f"{name}: {' | '.join(parts)}" for name, parts in rules.items() if parts)

@@ -6,8 +6,7 @@ harmony. Every rewriting makes the schema stricter or leaves it as it is, so wha
 result accepts is valid under the schema that was given:
 
     bounds beyond 2**53              2**53, where llguidance's ranges are exact
-    bounds of numbers                12 digits and inclusive: llguidance rounds them at 15, and
-                                     1.00000000000000000001 is above 1 only until it is read
+    bounds of fractions              at most 12 digits, which llguidance keeps
     date, time, date-time            no 29 February in other years, no year 0, no second 60
     `\\u0000` in a string            only where a key cannot be spelled in two ways by it
 
@@ -292,29 +291,16 @@ def _tighten(node: dict[str, Any]) -> None:
     if "number" in kinds and isinstance(step, int | float) and step == int(step):
         kinds = kinds - {"number"} | {"integer"}
         node["type"] = sorted(kinds)
-    fractions = "number" in kinds
-    for name, sign, down in (
-        ("minimum", 1, decimal.ROUND_CEILING),
-        ("maximum", -1, decimal.ROUND_FLOOR),
-    ):
-        context = decimal.Context(prec=DIGITS, Emin=DIGITS - 1 - PLACES, rounding=down)
-        exclusive = f"exclusive{name.capitalize()}"
-        bounds = []
-        for key in (name, exclusive):
+    for inclusive, sign in (("minimum", 1), ("maximum", -1)):
+        rounding = decimal.ROUND_CEILING if sign > 0 else decimal.ROUND_FLOOR
+        context = decimal.Context(prec=DIGITS, Emin=DIGITS - 1 - PLACES, rounding=rounding)
+        for key in (inclusive, f"exclusive{inclusive.capitalize()}"):
             value = node.get(key)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             value = max(value, -EXACT) if sign > 0 else min(value, EXACT)
-            node[key] = value
-            if not fractions:
-                continue
-            exact = decimal.Decimal(str(value))
-            if key == exclusive:
-                exact = context.next_plus(exact) if sign > 0 else context.next_minus(exact)
-            bounds.append(float(context.plus(exact)))
-        if bounds:
-            node.pop(exclusive, None)
-            node[name] = max(bounds) if sign > 0 else min(bounds)
+            rounded = float(context.plus(decimal.Decimal(str(value))))
+            node[key] = rounded if "number" in kinds and isinstance(value, float) else value
     if node.get("format") in _PATTERNS and "string" in _types(node):
         pattern = _PATTERNS[node.pop("format")]
         if "pattern" in node:

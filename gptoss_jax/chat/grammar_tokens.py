@@ -68,8 +68,8 @@ class CompletionMask:
         self._over = False
 
     def fill(self, allowed: np.ndarray) -> None:
-        """Writes which tokens may come next: bit t % 32 of allowed[t // 32]. After the completion's
-        stop token only stop tokens are.
+        """Writes which tokens may come next: bit t % 32 of allowed[t // 32]. Where only one text
+        can follow, its usual tokens; after the completion's stop token, stop tokens.
 
         Args:
           allowed: uint32 [words], words at least ceil(V / 32), contiguous.
@@ -103,7 +103,9 @@ class CompletionMask:
         return not (matcher.is_error() or matcher.is_stopped())
 
     def accept(self, token: int) -> bool:
-        """Takes the next token; False, and no change, if it is not allowed."""
+        """Takes the next token; False, and no change, if it is not allowed. Takes an unusual token
+        for what must follow, too.
+        """
         if self._over:
             return token in self._stops
         taken = self._matcher.try_consume_tokens([token]) == 1

@@ -107,8 +107,10 @@ def _close() -> None:
 
 def first_line(error: str) -> str:
     """What llguidance says, without the grammar and state that follow."""
-    line = error.strip().splitlines()[0] if error.strip() else "it is not a grammar"
-    return line if len(line) <= 300 else line[:300] + "..."
+    lines = error.strip().splitlines() or ["it is not a grammar"]
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    text = " ".join([lines[0], *reasons])
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
 
 
 def try_here(part: str) -> str:
