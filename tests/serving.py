@@ -104,7 +104,7 @@ def summed(chunks, number=0):
 def served(app, **config):
     """The application behind a port of this machine; yields its address."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", lifespan="off", **config)
+        uvicorn.Config(app, port=0, log_level="error", lifespan="on", **config)
     )
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))

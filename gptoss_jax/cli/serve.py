@@ -158,7 +158,7 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
-        lifespan="off",
+        lifespan="on",
     )
     server = Server(config)
     server.run()
