@@ -194,7 +194,7 @@ def test_an_answer_streams_and_is_counted(visit):
 def test_reasoning_is_folded(visit):
     v = visit(ScriptedEngine(reply("632", REASONING * 10), delay=0.01))
     v.say("What is 347 + 285?")
-    live = v.page.get_by_text(re.compile(r"^Thinking for \d+\.\d s$"))
+    live = v.page.get_by_text(re.compile(r"^Thinking for \d+\.\d+ s$"))
     playwright.expect(live).to_be_visible()
     thought = v.page.get_by_text(REASONING)
     playwright.expect(thought).to_be_hidden()
@@ -599,6 +599,49 @@ def test_keys_and_names(visit):
             !(e.ariaLabel || e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"""
     )
     assert nameless == []
+
+
+def test_copying(visit):
+    v = visit(
+        ScriptedEngine(reply("Code:\n```py\nx = '<b>'\n```")),
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    v.ask("Hello?")
+    v.button("Copy").click()
+    playwright.expect(v.button("Copied")).to_be_visible()
+    assert v.page.evaluate("navigator.clipboard.readText()") == "x = '<b>'"
+    # as on a page over plain http from another machine
+    v.page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    v.page.evaluate(
+        "document.addEventListener('copy', () => { window.copied = document.activeElement.value; })"
+    )
+    v.button("Copy the answer").click()
+    assert v.page.evaluate("copied") == "Code:\n```py\nx = '<b>'\n```"
+
+
+def test_broken_storage_does_not_break_the_page(visit):
+    v = visit(ScriptedEngine(reply("ok")))
+    v.page.evaluate(
+        """() => {
+            localStorage.setItem("gptoss.conversation.a", "{not json");
+            localStorage.setItem("gptoss.conversation.b", JSON.stringify({messages: [{role: "assistant"}, null]}));
+            localStorage.setItem("gptoss.settings", "[]");
+        }"""
+    )
+    v.page.reload()
+    v.button("Untitled").click()
+    playwright.expect(v.page.get_by_role("article")).to_have_count(2)
+    v.button("New chat").click()
+    v.ask("Hello?")
+    # and where nothing can be kept
+    v.page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
+    v.button("New chat").click()
+    v.engine.scripts += (reply("still works"),)
+    answer = v.ask("Hello?")
+    assert answer.locator(".answer").inner_text() == "still works"
+    playwright.expect(
+        v.page.get_by_text("This browser keeps no more conversations")
+    ).to_be_visible()
 
 
 MARKDOWN = [

@@ -145,7 +145,8 @@ async function makeAnswer() {
   const body = requestBody(mine.messages);
   mine.messages.push(message);
   mine.updated = Date.now();
-  const run = { message, controller: new AbortController(), started: performance.now(), thinking: undefined };
+  const controller = new AbortController();
+  const run = { conversation: mine, message, controller, started: performance.now(), thinking: undefined };
   runs.set(mine.id, run);
   save();
   if (location.hash !== `#${mine.id}`) history.replaceState(null, "", `#${mine.id}`);
@@ -229,7 +230,8 @@ function take(chunk, run) {
   if (delta.content || delta.tool_calls) endThinking(run);
   message.content += delta.content ?? "";
   for (const part of delta.tool_calls ?? []) {
-    const call = (message.tool_calls[part.index ?? 0] ??= { id: "", type: "function", function: { name: "", arguments: "" } });
+    const place = Math.min(part.index ?? 0, message.tool_calls.length);
+    const call = (message.tool_calls[place] ??= { id: "", type: "function", function: { name: "", arguments: "" } });
     call.id ||= part.id ?? "";
     call.function.name += part.function?.name ?? "";
     call.function.arguments += part.function?.arguments ?? "";
@@ -415,9 +417,15 @@ window.addEventListener("popstate", () => {
   openFromAddress();
   showList();
 });
-window.addEventListener("pagehide", () => runs.size && save());
+window.addEventListener("pagehide", (event) => {
+  for (const run of runs.values()) {
+    if (!event.persisted) run.message.meta.stopped = true;
+    store.saveConversation(run.conversation);
+  }
+});
 store.watchConversations((id) => runs.has(id) || id === conversation.id, showList);
 
+at("menu").setAttribute("aria-expanded", String(matchMedia("(min-width: 56rem)").matches));
 at("effort").querySelector(`[value=${settings.effort}]`)?.click();
 showActive();
 openFromAddress();

@@ -183,13 +183,25 @@ export async function copyText(text, button, done = "Copied") {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    done = "No access";
+    if (!copySelected(text)) done = "No access"; // pages over plain http have no clipboard
   }
   button.replaceChildren(done);
   setTimeout(() => {
     button.replaceChildren(...before);
     button.disabled = false;
   }, 1200);
+}
+
+function copySelected(text) {
+  const focused = document.activeElement;
+  const box = element("textarea");
+  box.value = text;
+  document.body.append(box);
+  box.select();
+  const copied = document.execCommand("copy");
+  box.remove();
+  focused?.focus();
+  return copied;
 }
 
 function renderTable(block, depth) {

@@ -28,10 +28,19 @@ export function listConversations() {
     const id = name.slice(CONVERSATION.length);
     if (!cache.has(id)) {
       const found = parse(read(name));
-      if (found && Array.isArray(found.messages)) cache.set(id, { ...found, id });
+      if (Array.isArray(found?.messages)) {
+        cache.set(id, { title: "", updated: 0, ...found, id, messages: found.messages.map(whole) });
+      }
     }
   }
   return [...cache.values()].filter((c) => c.messages.length).sort((a, b) => b.updated - a.updated);
+}
+
+/** A message with everything that views expect. */
+function whole(message) {
+  return message?.role === "assistant"
+    ? { content: "", reasoning: "", tool_calls: [], meta: {}, ...message }
+    : { role: "user", content: "", ...message };
 }
 
 export function newConversation() {
