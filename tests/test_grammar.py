@@ -91,7 +91,7 @@ class Driver:
         assert all(mask.accept(token) for token in ids)
         for _ in range(limit):
             (able,) = np.nonzero(allowed(mask, self.tokenizer))
-            assert able.size, f"dead end after {self.tokenizer.decode(ids)!r}"
+            assert able.size, (self.tokenizer.decode(ids), mask.error)
             start = self.draw.integers(self.tokenizer.vocab_size)
             scores = self.logits[able] / 1.5 + self.noise[start : start + able.size]
             ids.append(int(able[np.argmax(scores)]))
@@ -504,6 +504,23 @@ def test_a_full_lexer_is_made_anew(monkeypatch):
             if token in TINY.stop_ids:
                 break
     assert made
+
+
+def test_a_mask_that_cannot_go_on_is_empty(monkeypatch):
+    monkeypatch.setitem(grammar_tokens.LIMITS, "max_lexer_states", 60)
+    grammar = completion_grammar(TINY, response_format=Regex("(.*[ab].{9})+c.{10,61}"))
+    mask = grammar.mask()
+    for token in ids_of(F):
+        assert mask.accept(token)
+    for _ in range(40):
+        able = np.flatnonzero(allowed(mask))
+        if not able.size:
+            break
+        assert mask.accept(able[0])
+    assert not able.size
+    assert "too many states" in mask.error
+    assert not mask.accept(ids_of("a")[0])
+    assert not allowed(mask).any()
 
 
 OBJECT = {"type": "object"}

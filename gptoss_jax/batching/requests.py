@@ -32,7 +32,8 @@ class TokenMask(Protocol):
 
     def fill(self, allowed: np.ndarray) -> None:
         """Writes which tokens may come next: bit t % 32 of allowed[t // 32] (uint32 [ceil(V /
-        32)]). If the completion is over, only stop tokens are allowed.
+        32)]). If the completion is over, only stop tokens are allowed; if nothing can follow, no
+        token is, and the completion ends with a Failure.
         """
         ...
 

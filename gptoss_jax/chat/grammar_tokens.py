@@ -61,46 +61,27 @@ class CompletionMask:
     """
 
     def __init__(self, grammar: CompiledGrammar, tokenizer: Tokenizer):
+        self.error: str | None = None  # why nothing can follow
         self._grammar, self._matcher = grammar, grammar.start()
+        self._words = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+        self._filled = self._over = False
         self._stops = tokenizer.stop_ids
-        self._words = -(-tokenizer.vocab_size // 32)
         self._taken: list[int] = []
-        self._over = False
 
     def fill(self, allowed: np.ndarray) -> None:
         """Writes which tokens may come next: bit t % 32 of allowed[t // 32]. Where only one text
-        can follow, its usual tokens; after the completion's stop token, stop tokens.
+        can follow, its usual tokens; after the completion's stop token, stop tokens; none where the
+        grammar takes too long to work out (`error` says so).
 
         Args:
-          allowed: uint32 [words], words at least ceil(V / 32), contiguous.
-
-        Raises:
-          GptOssError: The grammar has come to a state that takes too long to work out, or in which
-            nothing can follow.
+          allowed: uint32 [words], words at least ceil(V / 32).
         """
-        if allowed.dtype != np.uint32 or allowed.ndim != 1 or not allowed.flags.c_contiguous:
-            raise ValueError(
-                f"expected contiguous uint32 [words], got {allowed.dtype} {allowed.shape}"
-            )
-        allowed[self._words :] = 0
-        words = allowed[: self._words]
-        if self._over:
-            words[:] = 0
-            for token in self._stops:
-                words[token // 32] |= np.uint32(1 << token % 32)
-            return
-        if not self._fill(words):
-            self._matcher = self._grammar.again(self._taken)
-            if not self._fill(words):
-                reason = self._matcher.get_error() or self._matcher.stop_reason()
-                raise GptOssError(
-                    f"the grammar cannot go on here ({first_line(reason)}): make it simpler"
-                )
-
-    def _fill(self, words: np.ndarray) -> bool:
-        matcher = self._matcher
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        return not (matcher.is_error() or matcher.is_stopped())
+        if allowed.dtype != np.uint32 or allowed.ndim != 1:
+            raise ValueError(f"expected uint32 [words], got {allowed.dtype} {allowed.shape}")
+        if not self._filled:
+            self._work_out()
+        allowed[: self._words.size] = self._words
+        allowed[self._words.size :] = 0
 
     def accept(self, token: int) -> bool:
         """Takes the next token; False, and no change, if it is not allowed. Takes an unusual token
@@ -108,18 +89,43 @@ class CompletionMask:
         """
         if self._over:
             return token in self._stops
-        taken = self._matcher.try_consume_tokens([token]) == 1
-        if not taken:
+        taken = self._take(token)
+        if not taken and self.error is None:
             # llguidance refuses silently, too, when its lexer is full; the mask tells which it is
-            words = np.zeros(self._words, np.uint32)
-            self.fill(words)
-            if words[token // 32] >> np.uint32(token % 32) & 1:
+            if not self._filled:
+                self._work_out()
+            if self._words[token // 32] >> np.uint32(token % 32) & 1:
                 self._matcher = self._grammar.again(self._taken)
-                taken = self._matcher.try_consume_tokens([token]) == 1
-        if taken:
-            self._taken.append(token)
-            self._over = self._matcher.is_stopped() and not self._matcher.is_error()
+                taken = self._take(token)
         return taken
+
+    def _take(self, token: int) -> bool:
+        if self._matcher.try_consume_tokens([token]) != 1:
+            return False
+        self._taken.append(token)
+        self._filled = False
+        self._over = self._matcher.is_stopped() and not self._matcher.is_error()
+        return True
+
+    def _work_out(self) -> None:
+        """The words for the state that it is in."""
+        self._filled = True
+        if self._over:
+            self._words[:] = 0
+            for token in self._stops:
+                self._words[token // 32] |= np.uint32(1 << token % 32)
+            return
+        if not self._compute():
+            self._matcher = self._grammar.again(self._taken)
+            if not self._compute():
+                self._words[:] = 0
+                reason = first_line(self._matcher.get_error() or self._matcher.stop_reason())
+                self.error = f"the grammar cannot go on here ({reason}): make it simpler"
+
+    def _compute(self) -> bool:
+        matcher = self._matcher
+        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        return not (matcher.is_error() or matcher.is_stopped())
 
 
 @functools.lru_cache(maxsize=4)
