@@ -62,8 +62,11 @@ def _read(raw: dict[str, Any], place: int) -> Item:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        raise of_faults([{**faults[0], "loc": ("input", place, *faults[0]["loc"])}]) from None
+        faults = [
+            {**fault, "loc": ("input", place, *fault["loc"])}
+            for fault in error.errors(include_url=False)
+        ]
+        raise of_faults(faults, {"input": {place: raw}}) from None
 
 
 def resolve(
