@@ -141,9 +141,11 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
 
         async def on_tick(self, counter: int) -> bool:
             over = await super().on_tick(counter)
-            return over or (
-                service.draining and (not service.running or time.monotonic() > self.ends)
-            )
+            if over or not service.draining:
+                return over
+            numbers = engine.statistics()
+            idle = not (service.running or numbers["slots_busy"] or numbers["queue"])
+            return idle or time.monotonic() > self.ends
 
         async def shutdown(self, sockets: Any = None) -> None:
             # what still runs ends with an error that says so

@@ -5,10 +5,11 @@ wanted, the API key, the body's size, then the routes.
 """
 
 import importlib.util
+import re
 import time
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from gptoss_jax.server.json_response import JSONResponse
 from gptoss_jax.server.security import Authentication, BodyLimit
 from gptoss_jax.server.service import Record, Service, report
 from gptoss_jax.server.settings import ServerSettings
+from gptoss_jax.server.shapes import Health
 from gptoss_jax.server.stream import ClientGone
 
 
@@ -61,6 +63,7 @@ def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -
     app.state.service = service
     for kind in (RequestValidationError, HTTPException, GptOssError):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(405, _not_allowed)
     for module in (chat_completions, completions, models, tokens, embeddings):
         app.include_router(module.router(service))
     # /v1/responses is a room of its own
@@ -78,7 +81,9 @@ def _plain(service: Service) -> APIRouter:
     """/health and /metrics."""
     router = APIRouter()
 
-    @router.get("/health", responses={503: DOCUMENTED[503]}, tags=["server"])
+    @router.get(
+        "/health", responses={200: {"model": Health}, 503: DOCUMENTED[503]}, tags=["server"]
+    )
     async def health() -> Any:
         """200 while requests are taken; 503 while the server shuts down."""
         if service.draining:
@@ -96,6 +101,18 @@ def _plain(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return router
+
+
+async def _not_allowed(request: Request, error: Exception) -> Response:
+    """405 with all methods of the path: a route alone knows only its own."""
+    told, path = of_exception(error), request.url.path
+    methods: set[str] = set()
+    for template, operations in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\\\{[^}]*\}", "[^/]+", re.escape(template)), path):
+            methods |= {method.upper() for method in operations}
+    if methods:
+        told.headers = {"Allow": ", ".join(sorted(methods))}
+    return told.response()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class ChatBody(SamplingBody):
     @property
     def legacy(self) -> bool:
         """Are calls asked for in the words from before there were tools?"""
-        return self.functions is not None
+        return bool(self.functions)
 
     @property
     def shows_reasoning(self) -> bool:
@@ -316,12 +316,12 @@ class ChatBody(SamplingBody):
 
     def _tools(self, settings: ServerSettings) -> tuple[tuple[Tool, ...], str]:
         """The tools on offer, and the choice in Turn's words."""
-        if self.legacy and (self.tools is not None or self.tool_choice is not None):
+        if self.legacy and (self.tools or self.tool_choice is not None):
             raise bad("functions and tools do not go together: give tools", "functions")
         if self.function_call is not None and not self.legacy:
             raise bad("function_call needs functions: give tools and tool_choice", "function_call")
         param = "functions" if self.legacy else "tools"
-        given = self.functions or [tool.function for tool in self.tools or ()]
+        given = self.functions if self.functions else [tool.function for tool in self.tools or ()]
         if len(given) > settings.max_tools:
             raise bad(f"{len(given)} tools: at most {settings.max_tools} are allowed", param)
         for place, tool in enumerate(given):

@@ -1,0 +1,49 @@
+"""The server against its own OpenAPI description, by schemathesis: nothing that it sends is a
+server error or goes undescribed."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from serving import HELLO, app_of, served
+
+from gptoss_jax.server.settings import ServerSettings
+
+schemathesis = pytest.importorskip("schemathesis")
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
+
+LIMITS = ServerSettings(date="2026-01-01", request_seconds=20, max_n=4)
+APP, _ = app_of(lambda r: [HELLO] * r.sampling.n, settings=LIMITS, adapters=["lora"])
+SCHEMA = schemathesis.openapi.from_dict(APP.openapi())
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(APP) as address:
+        yield address
+
+
+def check(case, address):
+    """All checks but one: parameters that exclude each other, token ids beyond the vocabulary and
+    conversations without sense are refused, and a JSON schema has no words for that."""
+    case.call_and_validate(base_url=address, excluded_checks=[positive_data_acceptance])
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_description_holds(case, address):
+    check(case, address)
+
+
+@pytest.mark.slow
+@SCHEMA.parametrize()
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_description_holds_for_many_more(case, address):
+    check(case, address)
+
+
+def test_every_operation_is_described():
+    paths = APP.openapi()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize"} <= set(paths)
+    for path in paths.values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            assert "401" in operation["responses"] or "health" in operation["operationId"]
