@@ -2,19 +2,26 @@
 cancelled, refused or broken.
 """
 
+import collections
 import queue
+import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gptoss_jax.batching import Engine, EngineSettings, Failure, Request
+from gptoss_jax.batching import Busy, Closing, Engine, EngineSettings, Failure, Request, pages
+from gptoss_jax.batching import slots as device
 from gptoss_jax.completions import join
+from gptoss_jax.errors import GptOssError
 from gptoss_jax.sampling import Sampling
 
 V = tiny.CONFIG.vocab_size
-SETTINGS = EngineSettings(slots=4, max_context=256, chunk=16)
+SETTINGS = EngineSettings(slots=4, max_context=256, chunk=16, max_queue=20)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     engine = Engine(model, SETTINGS)
+    engine.warm_up()
     yield engine
     engine.close(0)
 
@@ -84,8 +92,12 @@ def workload(count, seed=0):
 
 def test_every_request_gets_what_generate_gives(model, engine):
     requests = list(workload(12))
-    for request, found in zip(requests, run(engine, requests), strict=True):
-        expected = model.generate(request.prompt, request.sampling, request.max_new_tokens)
+    alone = model.generate(
+        [r.prompt for r in requests],
+        [r.sampling for r in requests],
+        [r.max_new_tokens for r in requests],
+    )
+    for expected, found in zip(alone, run(engine, requests), strict=True):
         expected = expected if isinstance(expected, list) else [expected]
         assert [c.tokens for c in found] == [c.tokens for c in expected]
         for a, b in zip(found, expected, strict=True):
@@ -137,3 +149,232 @@ def test_masked_choices_are_the_allowed_ones(engine):
     assert found[3].tokens == found[4].tokens
     time.sleep(0.2)
     assert engine.statistics()["slots_busy"] == 0
+
+
+def settled(engine, **expected):
+    """Waits until the statistics are as expected: the last piece comes before the last book."""
+    until = time.monotonic() + 30
+    while any(engine.statistics()[name] != value for name, value in expected.items()):
+        assert time.monotonic() < until, engine.statistics()
+        time.sleep(0.01)
+
+
+def test_prompts_are_read_once(engine):
+    """What pages give is, to the bit, what reading gives; usage says what was not read."""
+    rng = np.random.default_rng(7)
+    head = rng.integers(0, V, 75).tolist()
+    sampling = Sampling(seed=1, n=2, logprobs=True, top_logprobs=2, ignore_eos=True)
+    requests = [Request(head, sampling, 8), Request([*head[:70], 5, 6, 7], sampling, 8)]
+    first = [run(engine, [request]) for request in requests]
+    before = engine.statistics()["cached_tokens_total"]
+    generations, wait = submit(engine, requests)
+    parts = wait()
+    assert [g.cached_tokens for g in generations] == [64, 64]
+    assert engine.statistics()["cached_tokens_total"] == before + 128
+    for k, completions in enumerate(first):
+        for i, completion in enumerate(completions[0]):
+            assert join(parts[k, i]) == completion
+    other = rng.integers(0, V, 75).tolist()
+    generations, wait = submit(engine, [Request(other[:1] + head[1:], sampling, 2)])
+    wait()
+    assert generations[0].cached_tokens == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("find add forget".split()), st.integers(0, 6))),
+    st.integers(0, 4),
+)
+def test_page_table_against_brute_force(calls, count):
+    """A list of names by last use, and what was written to each page."""
+    table, used, written = pages.PageTable(count), [], {}
+    for call, number in calls:
+        name = bytes([number])
+        if call == "forget":
+            table.forget([name])
+            used = [n for n in used if n != name]
+        elif name in used:
+            page = table.find(name)
+            assert written[page] == name
+            used.append(used.pop(used.index(name)))
+        else:
+            assert table.find(name) is None
+            if call == "add":
+                page = table.add(name)
+                assert (page is None) == (count == 0)
+                if page is not None:
+                    assert 0 <= page < count
+                    used = [n for n in used if n != written.get(page)]
+                    assert len(used) < count
+                    written[page] = name
+                    used.append(name)
+        assert len(table) == len(used) <= count
+
+
+def test_page_names_are_of_all_tokens_before():
+    ids = np.arange(40, dtype=np.int32)
+    base = pages.names(ids, 8, 0)
+    assert len(base) == 4  # the last token is never in a page
+    assert pages.names(ids[:33], 8, 0) == base
+    assert pages.names(ids[:32], 8, 0) == base[:3]
+    for place in range(32):
+        changed = ids.copy()
+        changed[place] = 99
+        found = pages.names(changed, 8, 0)
+        assert [a == b for a, b in zip(found, base, strict=True)] == [
+            8 * i + 8 <= place for i in range(4)
+        ]
+    assert not set(pages.names(ids, 8, 1)) & set(base)
+
+
+def test_cancel_ends_within_a_step_and_frees(engine):
+    rng = np.random.default_rng(3)
+    long = Sampling(seed=1, ignore_eos=True, n=2)
+    came = collections.defaultdict(list)
+    done, started = threading.Event(), threading.Event()
+
+    def listen(i, piece):
+        came[i].append(piece)
+        if len(came[0]) > 3:
+            started.set()
+        if {0, 1} <= {k for k, p in came.items() if p[-1].finish_reason}:
+            done.set()
+
+    generation = engine.submit(Request(rng.integers(0, V, 60).tolist(), long, 180), listen)
+    assert started.wait(60)
+    steps = engine.statistics()["steps_total"]
+    generation.cancel(0)
+    generation.cancel(0)
+    while not came[0][-1].finish_reason:
+        time.sleep(0.001)
+    assert engine.statistics()["steps_total"] - steps < 20
+    assert came[0][-1].finish_reason == "cancelled"
+    assert not came[1][-1].finish_reason
+    generation.cancel()
+    assert done.wait(60)
+    assert came[1][-1].finish_reason == "cancelled"
+    settled(engine, slots_busy=0, queue=0)
+    # in the queue, and while the prompt is read
+    many = [Request(rng.integers(0, V, 200).tolist(), long, 40) for _ in range(6)]
+    generations, wait = submit(engine, many)
+    for generation in generations[1:]:
+        generation.cancel()
+    ends = {key: parts[-1].finish_reason for key, parts in wait().items()}
+    assert [ends[0, i] for i in range(2)] == ["length"] * 2
+    assert {ends[k, i] for k in range(1, 6) for i in range(2)} == {"cancelled"}
+    settled(engine, slots_busy=0, queue=0)
+
+
+def test_refusals(model, engine):
+    def refused(match, **changes):
+        request = Request(**{"prompt": [1, 2, 3], "max_new_tokens": 4} | changes)
+        with pytest.raises(GptOssError, match=match):
+            engine.submit(request, lambda i, piece: None)
+
+    refused("empty", prompt=[])
+    refused("out of range", prompt=[1, V])
+    refused("context is 256", prompt=[1] * 250, max_new_tokens=10)
+    refused("context is 256", prompt=[1] * 256, max_new_tokens=None)
+    refused("no adapter 'x'", adapter="x")
+    refused("max_new_tokens is 0", max_new_tokens=0)
+    refused("stop", stop=[""])
+    refused("1 masks for 2", masks=[Only([(1, 0)])], sampling=Sampling(n=2))
+    refused("logit_bias", sampling=Sampling(logit_bias={V: 1.0}))
+    for bad, match in (
+        ({"slots": 0}, "slots"),
+        ({"chunk": 12}, "multiple of the window"),
+        ({"max_context": 4096}, "1 to 512"),
+        ({"slots": 1 << 24, "max_context": 512}, "GB"),
+    ):
+        with pytest.raises(GptOssError, match=match):
+            Engine(model, EngineSettings(**bad))
+
+
+def test_priorities_and_a_bounded_queue(model):
+    engine = Engine(model, SETTINGS)
+    came: queue.Queue = queue.Queue()
+    s = Sampling(seed=0, ignore_eos=True, n=SETTINGS.slots)  # one request takes all slots
+    held = threading.Event()
+
+    def listener(name):
+        def listen(i, piece):
+            if name == "first":  # holds the engine until all are in the queue
+                held.wait(60)
+            if piece.finish_reason and i == 0:
+                came.put((name, piece.finish_reason))
+
+        return listen
+
+    engine.submit(Request([1, 2], s, 3), listener("first"))
+    while engine.statistics()["queue"] or not engine.statistics()["slots_busy"]:
+        time.sleep(0.01)
+    for name, priority in (("low", 5), ("a", 0), ("b", 0)):
+        engine.submit(Request([3], s, 2, priority=priority), listener(name))
+    rest = [engine.submit(Request([3], s, 2, priority=9), listener("rest")) for _ in range(17)]
+    with pytest.raises(Busy, match="try again"):
+        engine.submit(Request([3], s, 2), listener("busy"))
+    for generation in rest:
+        generation.cancel()
+    held.set()
+    ends = [came.get(timeout=60) for _ in range(21)]
+    assert [end for end in ends if end[0] != "rest"] == [
+        (n, "length") for n in "first a b low".split()
+    ]
+    assert {end for end in ends if end[0] == "rest"} == {("rest", "cancelled")}
+    left = engine.submit(Request([3], s, 200), listener("left"))
+    engine.close(0)
+    with pytest.raises(Closing):
+        engine.submit(Request([3], s, 2), listener("late"))
+    assert came.get(timeout=10) == ("left", "cancelled")
+    left.cancel()
+
+
+def test_nothing_compiles_after_warm_up(engine):
+    compiled = []
+
+    def listener(event, duration_secs, **_):
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        requests = list(workload(14, seed=5))
+        masks = [Only([(2, 0), (3, 1)]) for _ in range(2)]
+        requests.append(Request(list(range(20)), Sampling(n=2, logprobs=True), 20, masks=masks))
+        generations, wait = submit(engine, requests)
+        generations[2].cancel()
+        wait()
+        assert not compiled
+        jax.jit(lambda x: x + 1)(1.5)
+        assert compiled  # the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):
+    request = Request(list(range(50)), Sampling(seed=4, ignore_eos=True), 20)
+    expected = run(engine, [request])[0][0]
+    advance, calls = device.advance, []
+
+    def broken(params, slots, *rest, **keywords):
+        slots, logits = advance(params, slots, *rest, **keywords)
+        calls.append(1)
+        if len(calls) == 5:  # what was donated is lost
+            raise RuntimeError("the device is gone")
+        if 25 < len(calls) < 28:  # one row is not a number
+            logits = logits.at[0].set(np.nan)
+        return slots, logits
+
+    monkeypatch.setattr(device, "advance", broken)
+    ends = [c[0] for c in run(engine, [request] * 4)]
+    assert ["is gone" in str(getattr(end, "error", "")) for end in ends] == [True] * 4
+    settled(engine, slots_busy=0)
+    calls.extend([0] * (20 - len(calls)))
+    ends = [c[0] for c in run(engine, [request] * 4)]
+    failed = [end for end in ends if isinstance(end, Failure)]
+    assert len(failed) == 1
+    assert "not numbers" in str(getattr(failed[0], "error", ""))
+    assert [end for end in ends if not isinstance(end, Failure)] == [expected] * 3
+    monkeypatch.undo()
+    assert run(engine, [request] * 4) == [[expected]] * 4
+    settled(engine, slots_busy=0, queue=0)

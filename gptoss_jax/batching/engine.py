@@ -8,6 +8,8 @@ Knows token ids and stop strings; refuses to know roles, channels and HTTP.
 import collections
 import dataclasses
 import heapq
+import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax import sharding
+from gptoss_jax.batching import pages
 from gptoss_jax.batching import slots as device
 from gptoss_jax.batching.requests import Busy, Closing, Failure, Listener, Request
 from gptoss_jax.batching.settings import EngineSettings
 from gptoss_jax.batching.work import Job, Work
+from gptoss_jax.cache import cache_bytes
 from gptoss_jax.completions import Piece, Reader, TokenLogprob
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
@@ -32,6 +36,7 @@ TOP = 20  # most likeliest tokens that a request may ask for
 BACK = 2  # tokens that a row can be taken back
 CHUNK = 128
 SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
+LEAST_CONTEXT = 1024  # of a slot, when memory decides
 SURE = 0.9  # a grammar that accepts more than this is checked after the next step is sent
 HOPELESS = 0.6  # one that accepts less gets its mask before the choice
 
@@ -67,7 +72,7 @@ class Engine:
             )
         self.model = model
         self.settings = settings or EngineSettings()
-        self._context, self._chunk = _sizes(model, self.settings)
+        self._context, self._chunk, self._pages = _sizes(model, self.settings)
         self._lengths = (SHORT, self._chunk) if self._chunk > SHORT else (self._chunk,)
         words = -(-model.config.vocab_size // 32)
         everything = np.full((self.settings.slots, words), 0xFFFFFFFF, np.uint32)
@@ -130,8 +135,8 @@ class Engine:
             "slots": self.settings.slots,
             "slots_busy": len(self._works),
             "queue": self._queued,
-            "cache_pages": 0,
-            "cache_pages_busy": 0,
+            "cache_pages": self._pages,
+            "cache_pages_busy": len(self._table),
         }
         return gauges | {f"{name}_total": self._counts[f"{name}_total"] for name in names}
 
@@ -191,7 +196,9 @@ class Engine:
             )
         adapter = int(self.model._numbers(request.adapter, 1)[0])
         limit = self._context - len(prompt) if most is None else most
-        return Job(0, request, listener, prompt.astype(np.int32), limit, adapter, self._cancel)
+        prompt = prompt.astype(np.int32)
+        named = pages.names(prompt, self._chunk, adapter) if self._pages else []
+        return Job(0, request, listener, prompt, limit, adapter, named, self._cancel)
 
     def _cancel(self, job: Job, completion: int | None) -> None:
         self._inbox.put(lambda: self._cancelled(job, completion))
@@ -282,6 +289,7 @@ class Engine:
             self._turns += 1
             choose = min if self._turns % 2 else _oldest
             work = choose(self._reading, key=lambda work: work.left)
+            self._restore(work)
             if work.left > 0:
                 count = min(work.left, self._chunk)
                 width = next(n for n in self._lengths if n >= count)
@@ -297,9 +305,39 @@ class Engine:
                 )  # fmt: skip
                 self._sent.append(Step(self._next(), wait))
                 work.done += count
+                self._save(work)
             if work.left == 0:
                 self._reading.remove(work)
                 self._start(work)
+
+    def _restore(self, work: Work) -> None:
+        """Copies the pages that are there already, in the place of reading them."""
+        named, size = work.job.pages, self._chunk
+        while work.done // size < len(named):
+            page = self._table.find(named[work.done // size])
+            if page is None:
+                break
+            work.done += size
+            place = np.array([work.slot, page, work.done], np.int32)
+            self._slots = self._run(
+                pages.restore, self._slots, self._pool, place, config=self.model.config, size=size
+            )
+            work.cached += size
+            work.job.cached = max(work.job.cached, work.cached)
+            self._counts["cached_tokens_total"] += size
+
+    def _save(self, work: Work) -> None:
+        """Keeps the chunk that was just read, if it is a whole page."""
+        named, size = work.job.pages, self._chunk
+        number, rest = divmod(work.done, size)
+        if rest or number > len(named) or self._table.find(named[number - 1]) is not None:
+            return
+        page = self._table.add(named[number - 1])
+        if page is not None:
+            place = np.array([work.slot, page, work.done], np.int32)
+            self._pool = self._run(
+                pages.save, self._pool, self._slots, place, config=self.model.config, size=size
+            )
 
     def _start(self, first: Work) -> None:
         """Lets all of a request's completions that have a slot generate."""
@@ -418,6 +456,7 @@ class Engine:
                 self._reading.append(heir)
         del self._works[work.slot], work.job.works[work.index]
         if broken:
+            self._table.forget(work.job.pages)
             self._slots = self._run(device.erase, self._slots, np.int32(work.slot))
         free = np.zeros(self.settings.slots, bool)
         free[work.slot] = True
@@ -461,6 +500,8 @@ class Engine:
         self._slots = self._run(
             device.make, m.config, self.settings.slots, self._context, BACK, dtype
         )
+        self._pool = self._run(pages.make, m.config, max(self._pages, 1), self._chunk, dtype)
+        self._table = pages.PageTable(self._pages)
         self._free = list(range(self.settings.slots))
         self._sent: collections.deque[Step] = collections.deque()
         self._number = self._turns = 0
@@ -496,6 +537,10 @@ class Engine:
                 device.read, self.model.params, self._slots, ids, place, self._tables,
                 config=self.model.config,
             )  # fmt: skip
+        place = np.array([0, 0, self._chunk], np.int32)
+        settings: dict[str, Any] = {"config": self.model.config, "size": self._chunk}
+        self._pool = self._run(pages.save, self._pool, self._slots, place, **settings)
+        self._slots = self._run(pages.restore, self._slots, self._pool, place, **settings)
         given = device.start(0, np.zeros(1, np.int32), Sampling(), 0, 0, 0, V)
         self._slots = self._run(device.admit, self._slots, given)
         self._slots = self._run(device.copy, self._slots, np.array([0, rows - 1], np.int32))
@@ -518,15 +563,49 @@ def _oldest(works: Sequence[Work], key) -> Work:
     return min(works, key=lambda work: work.job.order)
 
 
-def _sizes(model: Model, settings: EngineSettings) -> tuple[int, int]:
-    """Context of a row, and tokens of a chunk."""
-    window = model.config.sliding_window
-    chunk = settings.chunk or -(-CHUNK // window) * window
+def _sizes(model: Model, settings: EngineSettings) -> tuple[int, int, int]:
+    """Context of a row, tokens of a chunk, number of pages."""
+    config, rows = model.config, settings.slots
+    window = config.sliding_window
+    context = settings.max_context or model.max_context
+    usual = min(-(-CHUNK // window), max(context // window, 1)) * window
+    chunk = settings.chunk or usual
     if chunk % window:
         raise GptOssError(f"chunk is {chunk}: expected a multiple of the window, {window}")
-    context = settings.max_context or model.max_context
+    itemsize = model.params["embedding"].dtype.itemsize
+    free, copies = _free_bytes(model, rows)
+
+    def needed(context: int) -> int:
+        return cache_bytes(config, rows, context, itemsize, BACK) // copies
+
     if not 0 < context <= model.max_context:
         raise GptOssError(
             f"max_context is {context}: this model's context is 1 to {model.max_context}"
         )
-    return context, chunk
+    while settings.max_context is None and context > LEAST_CONTEXT and needed(context) > free:
+        context //= 2
+    if needed(context) > free:
+        raise GptOssError(
+            f"{rows} slots of {context} tokens need {needed(context) / 1e9:.1f} GB of cache, "
+            f"{free / 1e9:.1f} GB are free: use fewer slots or a smaller max_context"
+        )
+    if chunk > context:
+        raise GptOssError(f"chunk is {chunk}: expected at most the context, {context}")
+    count = settings.pages
+    if count is None:
+        count = needed(context) * copies // (4 * cache_bytes(config, 1, chunk, itemsize))
+    return context, chunk, count
+
+
+def _free_bytes(model: Model, rows: int) -> tuple[float, int]:
+    """Memory of a device that the cache may take, and over how many the cache is spread."""
+    device, copies = jax.devices()[0], 1
+    if model.mesh is not None:
+        device = model.mesh.devices.flat[0]
+        axes = ("tensor", *sharding.batch_axes(rows, model.mesh))
+        copies = math.prod(model.mesh.shape[axis] for axis in axes)
+    memory = device.memory_stats() or {}
+    if "bytes_limit" in memory:
+        return 0.8 * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)), copies
+    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 1 << 22
+    return 0.5 * pages * 4096, copies

@@ -22,6 +22,7 @@ class Job:
       prompt: int32 ids.
       limit: Most tokens of a completion.
       adapter: Number in the stack, 0 for none.
+      pages: Names of the prompt's pages.
       cancel: Called with (job, completion or None) from any thread.
     """
 
@@ -33,10 +34,12 @@ class Job:
         prompt: np.ndarray,
         limit: int,
         adapter: int,
+        pages: list[bytes],
         cancel: Callable[["Job", int | None], None],
     ):
         self.number, self.request, self.listener = number, request, listener
         self.prompt, self.limit, self.adapter = prompt, limit, adapter
+        self.pages = pages
         self.seed = secrets.randbits(64) if (s := request.sampling.seed) is None else s % 2**64
         self.waiting = list(range(request.sampling.n))  # completions without a slot
         self.works: dict[int, Work] = {}  # those with one
@@ -71,6 +74,7 @@ class Work:
       stops: Ids that end it.
       mask: Its constraint.
       done: Tokens of the prompt that are in the cache.
+      cached: Those of them that came from pages.
       length: Tokens of prompt and completion that are settled.
       valid_from: Steps before this one no longer concern it.
       accepted: Moving average of what the constraint accepts.
@@ -83,6 +87,7 @@ class Work:
     stops: frozenset[int]
     mask: TokenMask | None
     done: int = 0
+    cached: int = 0
     length: int = 0
     valid_from: int = 0
     accepted: float = 1.0

@@ -208,24 +208,24 @@ def _average_backward(kept, d_out):
 _average.defvjp(_average_forward, _average_backward)
 
 
-def _bounded(sinks_KG, window, *rows):
+def _bounded(sinks_KG, window, q, k, v, q_positions, k_positions, extent_B):
     """Attention up to each row's extent. CPUs take one row after another, each no further than it
     reaches; others all rows together, as far as the longest.
     """
 
-    def together(*rows):
-        return _by_keys(sinks_KG, window, *rows[:-1], rows[-1].max())
+    def together(q, k, v, q_positions, k_positions, extent_B):
+        return _by_keys(sinks_KG, window, q, k, v, q_positions, k_positions, extent_B.max())
 
-    def apart(*rows):
+    def apart(q, k, v, q_positions, k_positions, extent_B):
         def one(b, out):
-            own = (jax.lax.dynamic_slice_in_dim(x, b, 1) for x in (rows[0], *rows[3:]))
-            q, q_positions, k_positions, extent = own
-            part = _by_keys(sinks_KG, window, q, *rows[1:3], q_positions, k_positions, extent[0], b)
+            own = [jax.lax.dynamic_slice_in_dim(x, b, 1) for x in (q, q_positions, k_positions)]
+            part = _by_keys(sinks_KG, window, own[0], k, v, own[1], own[2], extent_B[b], b)
             return jax.lax.dynamic_update_slice_in_dim(out, part, b, 0)
 
-        return jax.lax.fori_loop(0, rows[0].shape[0], one, jnp.zeros_like(rows[0]))
+        return jax.lax.fori_loop(0, q.shape[0], one, jnp.zeros_like(q))
 
-    if sharding.current() is not None or rows[0].shape[0] == 1:
+    rows = q, k, v, q_positions, k_positions, extent_B
+    if sharding.current() is not None or q.shape[0] == 1:
         return together(*rows)
     return jax.lax.platform_dependent(*rows, cpu=apart, default=together)
 
