@@ -3,8 +3,10 @@ cannot be promised is refused."""
 
 import itertools
 import json
+import random
 import re
 import time
+from decimal import Decimal
 
 import jsonschema
 import numpy as np
@@ -187,6 +189,46 @@ def test_values_let_through(schema, good, bad):
         assert accepts(grammar, f"{F}{text}<|return|>"), text
     for text in bad:
         assert not accepts(grammar, f"{F}{text}<|return|>"), text
+
+
+def test_numbers_keep_their_bounds():
+    """Random intervals, and the numbers around their ends, in several spellings."""
+    draw = random.Random(0)
+    let = kept = 0
+    for _ in range(250):
+        digits, base = draw.randrange(4), draw.choice([0, 0, 1, -1, 5, -5, 99, 10**6, -(10**6)])
+        low, high = sorted(
+            round(
+                base + draw.choice([-1, 1]) * draw.randrange(12) / 10 ** draw.randint(0, digits),
+                digits,
+            )
+            for _ in range(2)
+        )
+        schema = {
+            "type": "number",
+            draw.choice(["minimum", "exclusiveMinimum"]): low,
+            draw.choice(["maximum", "exclusiveMaximum"]): high,
+        }
+        if draw.random() < 0.3:
+            schema.popitem()
+        try:
+            grammar = completion_grammar(TINY, response_format=m.ResponseFormat(schema))
+        except GptOssError:
+            assert high - low < 1e-3
+            continue
+        validator = jsonschema.Draft202012Validator(schema)
+        for _ in range(25):
+            near = Decimal(str(draw.choice([low, high]))) + Decimal(
+                draw.randint(-12, 12)
+            ) / 10 ** draw.randrange(5)
+            text = format(near.normalize(), "f")
+            text += draw.choice(["", "0" if "." in text else ".0"])
+            mask = grammar.mask()
+            taken = all(mask.accept(token) for token in ids_of(f"{F}{text}<|return|>"))
+            valid = validator.is_valid(float(text))
+            assert valid or not taken, (schema, text)
+            let, kept = let + valid, kept + taken
+    assert kept > 0.8 * let > 1000
 
 
 def agrees(grammar, language, tokenizer, walks, prefix=""):

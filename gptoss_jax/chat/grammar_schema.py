@@ -7,29 +7,26 @@ result accepts is valid under the schema that was given:
 
     bounds beyond 2**53              2**53, where llguidance's ranges are exact
     bounds of fractions              at most 12 digits, which llguidance keeps
+    multiples of a whole number      integers, where llguidance does not panic
     date, time, date-time            no 29 February in other years, no year 0, no second 60
     `\\u0000` in a string            only where a key cannot be spelled in two ways by it
-
-    multiples of a whole number      integers, where llguidance does not panic
 
 Refused although llguidance takes them: numbers that floats do not hold, minProperties that a
 repeated key could meet, schemas that only an infinite value satisfies, keywords of old drafts.
 """
 
 import collections
-import decimal
 import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from gptoss_jax.chat import grammar_numbers as numbers
 from gptoss_jax.errors import GptOssError
 
 MOST_BYTES = 256 * 1024  # of one schema as JSON
 MOST_DEPTH = 100  # of the schema's own nesting; llguidance reads 127
 MOST_OPTIONAL = 1000  # properties of one object; each doubles what may come next
-EXACT = 2**53
-DIGITS, PLACES = 12, 15  # of a bound: significant ones, and after the point
 WHITESPACE = r"\x20|\n\x20{0,48}"  # at most once at a place, so that blanks end
 
 _UNSUPPORTED = frozenset(
@@ -43,8 +40,7 @@ _FORMATS = frozenset(
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _ONES = ("items", "additionalProperties")
-_LOWEST, _HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
-_SINGLE = (*_LOWEST, *_HIGHEST, "multipleOf", "pattern", "format", "minLength", "maxLength")
+_SINGLE = (*numbers.BOUNDS, "multipleOf", "pattern", "format", "minLength", "maxLength")
 _SCALARS = {"string", "number", "integer", "boolean", "null"}
 
 _YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -192,13 +188,17 @@ class _Check:
             self.refuse(place, f"more than {MOST_OPTIONAL} optional properties: require some")
         for key in ("const", "enum"):
             for value in _leaves(node.get(key)):
-                if isinstance(value, int | float) and not _held(value):
+                if numbers.is_number(value) and not numbers.is_exact(value):
                     self.refuse(place, f"the number {value} in {key} is not exact: use a string")
-        for key in (*_LOWEST, *_HIGHEST, "multipleOf"):
+        for key in (*numbers.BOUNDS, "multipleOf"):
             value = node.get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                beyond = value > EXACT if key in _LOWEST else value < -EXACT
-                if beyond or not math.isfinite(value) or (key == "multipleOf" and value > EXACT):
+            if numbers.is_number(value):
+                beyond = value > numbers.EXACT if key in numbers.LOWEST else value < -numbers.EXACT
+                if (
+                    beyond
+                    or not math.isfinite(value)
+                    or (key == "multipleOf" and value > numbers.EXACT)
+                ):
                     self.refuse(place, f"{key} {value} is beyond 2**53, which is not supported")
 
     def target(self, node: dict[str, Any]) -> Any:
@@ -263,13 +263,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield item
 
 
-def _held(value: int | float) -> bool:
-    """Does llguidance write this number as it is? It goes by way of float64 and decimal places."""
-    if isinstance(value, int):
-        return abs(value) <= EXACT
-    return value == 0 or 10.0**-PLACES <= abs(value) <= 10.0**PLACES
-
-
 def _open(root: dict[str, Any]) -> bool:
     """Is there an object with rules for some keys that takes other keys too?"""
     stack, seen = [root], set()
@@ -287,20 +280,7 @@ def _open(root: dict[str, Any]) -> bool:
 
 
 def _tighten(node: dict[str, Any]) -> None:
-    kinds, step = _types(node), node.get("multipleOf", 0.5)
-    if "number" in kinds and isinstance(step, int | float) and step == int(step):
-        kinds = kinds - {"number"} | {"integer"}
-        node["type"] = sorted(kinds)
-    for inclusive, sign in (("minimum", 1), ("maximum", -1)):
-        rounding = decimal.ROUND_CEILING if sign > 0 else decimal.ROUND_FLOOR
-        context = decimal.Context(prec=DIGITS, Emin=DIGITS - 1 - PLACES, rounding=rounding)
-        for key in (inclusive, f"exclusive{inclusive.capitalize()}"):
-            value = node.get(key)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            value = max(value, -EXACT) if sign > 0 else min(value, EXACT)
-            rounded = float(context.plus(decimal.Decimal(str(value))))
-            node[key] = rounded if "number" in kinds and isinstance(value, float) else value
+    numbers.tighten(node, _types(node))
     if node.get("format") in _PATTERNS and "string" in _types(node):
         pattern = _PATTERNS[node.pop("format")]
         if "pattern" in node:
