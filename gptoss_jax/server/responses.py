@@ -25,6 +25,7 @@ from gptoss_jax.server.responses_background import Background
 from gptoss_jax.server.responses_events import OVER, Writer, failure
 from gptoss_jax.server.responses_items import new_id, read_input, resolve, seal, to_messages
 from gptoss_jax.server.responses_models import CreateResponse
+from gptoss_jax.server.responses_shapes import DeletedShape, ItemsShape, ResponseShape
 from gptoss_jax.server.responses_turn import check_together, response_of, turn_of
 from gptoss_jax.server.service import Service, report
 from gptoss_jax.server.store import RUNNING, NotStored, Store, Stored
@@ -42,7 +43,10 @@ def router(service: Service) -> APIRouter:
     responses = Responses(service)
     out = APIRouter(route_class=StrictRoute, tags=["responses"], lifespan=responses.lifespan)
     errors: dict[int | str, Json] = {status: DOCUMENTED[status] for status in (400, 401, 404, 503)}
-    stream: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
+    plain: dict[int | str, Json] = {**errors, 200: {"model": ResponseShape}}
+    stream: dict[int | str, Json] = {
+        200: {"model": ResponseShape, "content": {"text/event-stream": {}}}
+    }
 
     @out.post("/v1/responses", responses={**DOCUMENTED, **stream})
     async def create(request: Request, body: CreateResponse) -> Any:
@@ -74,18 +78,21 @@ def router(service: Service) -> APIRouter:
         found = await responses.find(response_id)
         return JSONResponse(_with_sealed(found.response, included))
 
-    @out.delete("/v1/responses/{response_id}", responses=errors)
+    @out.delete("/v1/responses/{response_id}", responses={**errors, 200: {"model": DeletedShape}})
     async def delete(response_id: str) -> Any:
         """Forgets a stored response; a background one is cancelled first."""
         await responses.delete(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
-    @out.post("/v1/responses/{response_id}/cancel", responses=errors)
+    @out.post("/v1/responses/{response_id}/cancel", responses=plain)
     async def cancel(response_id: str) -> Any:
         """Ends a background response; one that is over already stays as it is."""
         return JSONResponse(await responses.cancel(response_id))
 
-    @out.get("/v1/responses/{response_id}/input_items", responses=errors)
+    @out.get(
+        "/v1/responses/{response_id}/input_items",
+        responses={**errors, 200: {"model": ItemsShape}},
+    )
     async def input_items(
         response_id: str,
         after: str | None = None,

@@ -126,7 +126,10 @@ class CreateResponse(Body):
     """
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(
+        description="The user's words, or items: message, function_call, function_call_output, "
+        "reasoning, item_reference"
+    )
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None

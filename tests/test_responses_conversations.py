@@ -1,0 +1,210 @@
+"""Conversations over /v1/responses: continued, sent whole, stored, and in OpenAI's agents SDK."""
+
+import asyncio
+import itertools
+import json
+
+import openai
+import pytest
+from openai.types import responses as shapes
+from responding import ASKS, BERN, CUT, WEATHER, ask, clients, conforms
+from serving import DATE, HELLO, A, E, F, R, S, app_of, served
+
+from gptoss_jax.chat import ChatSettings, Tool, from_openai
+from gptoss_jax.chat.render import render
+from gptoss_jax.server.settings import ServerSettings
+from gptoss_jax.tokenizer import load_tokenizer
+
+FULL = load_tokenizer()
+
+
+@pytest.fixture
+def client():
+    with clients() as make:
+        yield make
+
+
+def test_continuing_is_sending_everything(client):
+    """A conversation over previous_response_id, the same sent whole as items, and by references,
+    make the same prompts; and these are what the library renders."""
+    tail = f"{A}Now I know.{E}{S}{F}It rains.{R}"
+    scripts = [ASKS, tail, HELLO, f"{A}Last.{E}{S}{F}Bye{R}"]
+    turns = ["Weather in Bern?", None, "Thanks!", "Bye!"]
+    more = {"tools": [WEATHER], "instructions": "Be kind.", "model": "scripted"}
+
+    def inputs(turn, answer):
+        if turn is not None:
+            return [{"role": "user", "content": turn}]
+        call_id = answer.output[-1].call_id
+        return [{"type": "function_call_output", "call_id": call_id, "output": "rain"}]
+
+    prompts = []
+    for way in ("previous", "whole", "references", "packed"):
+        api, engine = client(*scripts)
+        answer, history = None, []
+        for turn in turns:
+            new = inputs(turn, answer)
+            if way == "previous":
+                previous = None if answer is None else answer.id
+                answer = api.responses.create(input=new, previous_response_id=previous, **more)
+                continue
+            include = ["reasoning.encrypted_content"] if way == "packed" else []
+            store = way == "references"
+            answer = api.responses.create(
+                input=[*history, *new], include=include, store=store, **more
+            )
+            history += new
+            if way == "whole":
+                history += answer.output
+            elif way == "references":
+                history += [{"type": "item_reference", "id": item.id} for item in answer.output]
+            else:
+                kept = [item.to_dict() for item in answer.output]
+                for item in kept:
+                    if item["type"] == "reasoning":
+                        item["content"] = []
+                history += kept
+        prompts.append([list(request.prompt) for request in engine.requests])
+    assert prompts[0] == prompts[1] == prompts[2] == prompts[3]
+
+    call_message = {
+        "role": "assistant",
+        "reasoning": "I need it.",
+        "content": "I look.",
+        "tool_calls": [{"id": "c", "function": {"name": "weather", "arguments": BERN}}],
+    }
+    conversation = [
+        {"role": "user", "content": "Weather in Bern?"},
+        call_message,
+        {"role": "tool", "tool_call_id": "c", "content": "rain"},
+        {"role": "assistant", "reasoning": "Now I know.", "content": "It rains."},
+        {"role": "user", "content": "Thanks!"},
+    ]
+    parameters = WEATHER["parameters"]
+    settings = ChatSettings(date=DATE, instructions="Be kind.", tools=[Tool("weather", WEATHER["description"], parameters)])  # fmt: skip
+    for length, prompt in ((1, prompts[0][0]), (3, prompts[0][1]), (5, prompts[0][2])):
+        assert render(from_openai(conversation[:length]), FULL, settings) == prompt
+    # reasoning is kept in the tool loop, and dropped after its answer
+    assert "I need it." in FULL.decode(prompts[0][1])
+    assert "I need it." not in FULL.decode(prompts[0][2])
+
+
+def test_instructions_are_not_carried_over(client):
+    api, engine = client(HELLO, repeat=True)
+    first = ask(api, instructions="Speak Latin.")
+    second = ask(api, previous_response_id=first["id"])
+    assert second["instructions"] is None
+    assert "Speak Latin." in FULL.decode(engine.requests[0].prompt)
+    assert "Speak Latin." not in FULL.decode(engine.requests[1].prompt)
+    assert "Hello world" in FULL.decode(engine.requests[1].prompt)
+
+
+def test_half_a_call_is_no_call_in_the_next_turn(client):
+    api, engine = client(ASKS, HELLO)
+    first = ask(api, tools=[WEATHER], max_output_tokens=CUT)
+    assert first["output"][-1]["status"] == "incomplete"
+    ask(api, tools=[WEATHER], previous_response_id=first["id"], input="Go on.")
+    assert "to=functions.weather" not in FULL.decode(engine.requests[1].prompt)
+
+
+def test_input_items(client):
+    api, _ = client(ASKS, HELLO)
+    first = api.responses.create(model="scripted", input="Weather?", tools=[WEATHER])
+    new = [
+        {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": [{"type": "input_text", "text": "rain"}]},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "and"}, {"type": "input_text", "text": " now?"}]},
+    ]  # fmt: skip
+    second = api.responses.create(
+        model="scripted", input=new, tools=[WEATHER], previous_response_id=first.id
+    )
+    raw = json.loads(api.responses.input_items.with_raw_response.list(second.id, order="asc").text)
+    conforms(raw, shapes.ResponseItemList)
+    assert [item["type"] for item in raw["data"]] == ["function_call_output", "message", "message"]
+    assert raw["data"][2]["content"][1] == {"type": "input_text", "text": " now?"}
+    ids = [item["id"] for item in raw["data"]]
+    pages = api.responses.input_items.list(second.id, order="asc", limit=1)
+    assert [item.id for item in pages] == ids  # the client asks for one page after the other
+    assert [item.id for item in api.responses.input_items.list(second.id)] == ids[::-1]
+    with pytest.raises(openai.BadRequestError):
+        api.responses.input_items.list(second.id, after="msg_nothing")
+    with pytest.raises(openai.BadRequestError):
+        api.responses.input_items.list(second.id, limit=1000)
+
+
+def test_deleting_and_not_storing(client):
+    api, _ = client(HELLO, repeat=True)
+    kept, not_kept = ask(api), ask(api, store=False)
+    child = ask(api, previous_response_id=kept["id"])
+    with pytest.raises(openai.NotFoundError):
+        api.responses.retrieve(not_kept["id"])
+    api.responses.delete(kept["id"])
+    for again in (
+        lambda: api.responses.retrieve(kept["id"]),
+        lambda: api.responses.delete(kept["id"]),
+        lambda: api.responses.cancel(kept["id"]),
+        lambda: api.responses.input_items.list(kept["id"]),
+        lambda: list(api.responses.retrieve(kept["id"], stream=True)),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            again()
+    for id, gone in ((not_kept["id"], not_kept["id"]), (child["id"], kept["id"])):
+        with pytest.raises(openai.BadRequestError, match=gone) as caught:
+            ask(api, previous_response_id=id)
+        assert caught.value.code == "previous_response_not_found"
+
+
+def test_a_conversation_lives_through_the_server_s_end(tmp_path):
+    settings = ServerSettings(date=DATE, store=str(tmp_path / "responses.db"))
+    ids = []
+    for number in range(3):
+        app, engine = app_of(HELLO, repeat=True, settings=settings)
+        with served(app) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as api:
+            previous = ids[-1] if ids else None
+            ids.append(ask(api, input=f"turn {number}", previous_response_id=previous)["id"])
+            assert [api.responses.retrieve(id).output_text for id in ids] == ["Hello world"] * len(
+                ids
+            )
+        prompt = FULL.decode(engine.requests[0].prompt)
+        assert all(f"turn {k}" in prompt for k in range(number + 1))
+        engine.close(0)
+
+
+def test_agents_sdk_does_a_tool_loop(monkeypatch):
+    agents = pytest.importorskip("agents")
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+    agents.set_tracing_disabled(True)
+    asked = []
+
+    @agents.function_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        asked.append(city)
+        return f"rain in {city}"
+
+    for streamed, chained in itertools.product((False, True), (False, True)):
+        app, engine = app_of(ASKS, f"{A}Done.{E}{S}{F}It rains.{R}")
+        with served(app) as address:
+
+            async def go(address=address, streamed=streamed, chained=chained):
+                async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as api:
+                    model = agents.OpenAIResponsesModel("scripted", api)
+                    agent = agents.Agent(
+                        "guide", instructions="Be kind.", model=model, tools=[weather]
+                    )
+                    more = {"auto_previous_response_id": True} if chained else {}
+                    if not streamed:
+                        run = await agents.Runner.run(agent, "Weather in Bern?", **more)
+                        return run.final_output
+                    run = agents.Runner.run_streamed(agent, "Weather in Bern?", **more)
+                    async for _ in run.stream_events():
+                        pass
+                    return run.final_output
+
+            assert asyncio.run(go()) == "It rains."
+        second = FULL.decode(engine.requests[1].prompt)
+        assert "rain in Bern<|end|>" in second
+        assert "I need it." in second
+        assert "Be kind." in second
+        engine.close(0)
+    assert asked == ["Bern"] * 4
