@@ -31,47 +31,51 @@ def settings(page: Page, change: Callable[[], None]) -> None:
     page.get_by_role("button", name="Save").click()
 
 
-def take(browser: Browser, address: str, name: str, **context) -> None:
+def take(browser: Browser, address: str, path: Path, **context) -> None:
     page = browser.new_context(**context).new_page()
     page.goto(address)
     page.get_by_label("High").check()
     settings(page, lambda: page.get_by_label("Temperature").fill("0"))
-    for text in ("Who are you?", "Tom has 12 apples and buys 30 more. How many apples does he have?"):
+    for text in (
+        "Who are you?",
+        "Tom has 12 apples and buys 30 more. How many apples does he have?",
+    ):
         ask(page, text)
         page.evaluate("document.getElementById('new').click()")
-    if name == "light":
+    if path.stem == "light":
         ask(page, "What is 347 + 285?")
         page.locator("summary").click()
+        expect(page.locator(".answer")).to_have_text("347 + 285 = 632")
     else:
         settings(page, lambda: page.get_by_role("button", name="Insert an example").click())
         ask(page, "What is 347 * 285?")
         page.get_by_label("Result of calculator").fill("98895")
-    if name == "dark":
+    if path.stem == "dark":
         page.get_by_role("button", name="Send result").click()
-        expect(page.get_by_role("article", name="Answer")).to_have_count(2)
+        answer = page.get_by_role("article", name="Answer").nth(1).locator(".answer")
+        expect(answer).to_have_text("347 * 285 = 98895")
     page.wait_for_timeout(500)
-    FOLDER.mkdir(exist_ok=True)
-    page.screenshot(path=FOLDER / f"{name}.png")
+    page.screenshot(path=path)
     page.context.close()
 
 
-def main() -> None:
+def make(browser: Browser, folder: Path) -> None:
+    """Serves gpt-oss-tiny, talks to it through the page, and writes the pictures."""
     command = [sys.executable, "-m", "gptoss_jax.cli.main", "serve", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         found = (re.search(r"http://\S+", line) for line in server.stdout)
         address = next(match[0] for match in found if match)
-        with sync_playwright() as started:
-            chromium = shutil.which("chromium") or shutil.which("google-chrome")
-            browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            take(browser, address, "light", color_scheme="light", **DESKTOP)
-            take(browser, address, "dark", color_scheme="dark", **DESKTOP)
-            take(browser, address, "phone", color_scheme="light", **PHONE)
+        take(browser, address, folder / "light.png", color_scheme="light", **DESKTOP)
+        take(browser, address, folder / "dark.png", color_scheme="dark", **DESKTOP)
+        take(browser, address, folder / "phone.png", color_scheme="light", **PHONE)
     finally:
         server.terminate()
-        server.wait(30)
+        server.communicate(timeout=60)
 
 
 if __name__ == "__main__":
-    main()
+    with sync_playwright() as started:
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        make(started.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), FOLDER)

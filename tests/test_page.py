@@ -80,6 +80,7 @@ def browser():
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium: apt-get install chromium")
+    playwright.expect.set_options(timeout=20_000)  # a busy machine; the first grammar
     with playwright.sync_playwright() as started:
         launched = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield launched
@@ -139,7 +140,7 @@ def visit(browser):
             opened = browser.new_context(**context)
             stack.callback(opened.close)
             page, seen, wrong = opened.new_page(), [], []
-            page.set_default_timeout(8000)
+            page.set_default_timeout(20_000)
             visited = Visit(page, engine, [])
             opened.on("request", lambda request: seen.append(request.url))
             # what the policy stopped was never sent
@@ -530,7 +531,7 @@ def test_a_phone_never_scrolls_sideways(visit):
         viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True,
     )  # fmt: skip
     fits = """() => [document.documentElement.scrollWidth <= innerWidth,
-        document.querySelector("main").scrollWidth <= document.querySelector("main").clientWidth,
+        document.getElementById("scroll").scrollWidth <= document.getElementById("scroll").clientWidth,
         document.getElementById("send").getBoundingClientRect().right <= innerWidth,
         document.getElementById("send").getBoundingClientRect().bottom <= innerHeight]"""
     assert all(v.page.evaluate(fits))
@@ -818,3 +819,14 @@ def test_the_server_sends_the_files_with_their_headers(visit):
             assert again.status_code == 304
         assert httpx.get(address + "/page/../__init__.py").status_code in (401, 404)
         assert httpx.get(address + "/page/__init__.py").status_code in (401, 404)
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_for_readme(browser, tmp_path):
+    """gptoss serve in a process of its own, and the script that makes README's pictures."""
+    from make_page_screenshots import make
+
+    make(browser, tmp_path)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"light.png", "dark.png", "phone.png"}
+    assert max(sizes.values()) < 150_000

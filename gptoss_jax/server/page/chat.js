@@ -76,7 +76,9 @@ function refresh() {
     });
   }
   welcome.hidden = list.length > 0;
-  document.title = conversation.title || "gpt-oss";
+  if (document.title !== (conversation.title || "gpt-oss")) {
+    document.title = at("title").textContent = conversation.title || "gpt-oss";
+  }
   showControls(run, waiting);
 }
 
