@@ -1,0 +1,161 @@
+"""`gptoss serve` as a program: it says where it is, answers, drains on SIGTERM, and says in one line
+what is wrong."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+GPTOSS = [sys.executable, "-m", "gptoss_jax.cli.main"]
+
+
+SCRIPTED = """
+import sys
+sys.path.insert(0, {tests!r})
+from fakes import ScriptedEngine
+from gptoss_jax.cli.serve import Arguments, _serve
+from gptoss_jax.server.settings import ServerSettings
+words = "<|channel|>final<|message|>" + " word" * 300 + "<|return|>"
+engine = ScriptedEngine(words, repeat=True, delay=0.005)
+sys.exit(_serve(engine, ServerSettings(drain_seconds={drain}), Arguments(port=0)))
+"""
+
+
+def program(*options):
+    """The running program and its address."""
+    return started(
+        [*GPTOSS, "serve", "--port", "0", "--slots", "2", "--date", "2026-01-01", *options]
+    )
+
+
+def scripted(drain):
+    """The same without a model."""
+    code = SCRIPTED.format(tests=str(Path(__file__).parent), drain=drain)
+    return started([sys.executable, "-c", code])
+
+
+@contextlib.contextmanager
+def started(command):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        try:
+            lines = iter(p.stdout.readline, "")
+            said = next((line for line in lines if "served at" in line), None)
+            assert said, p.stderr.read()
+            yield p, said.split()[-1]
+        finally:
+            if p.poll() is None:
+                p.kill()
+                p.communicate()
+
+
+def chat(address, **more):
+    body = {"messages": [{"role": "user", "content": "hi"}], **more}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_sigterm_lets_the_running_finish():
+    with scripted(drain=60) as (program, address):
+        got = []
+        asking = threading.Thread(target=lambda: got.append(chat(address)))
+        asking.start()
+        while "slots_busy 1.0" not in httpx.get(f"{address}/metrics").text:
+            pass
+        program.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert chat(address).json()["error"]["code"] == "shutting_down"
+        assert httpx.get(f"{address}/health").status_code == 503
+        asking.join()
+        assert got[0].json()["usage"]["completion_tokens"] == 304
+        assert program.wait(20) == 0
+
+
+def test_sigterm_ends_what_does_not_finish_in_time():
+    with scripted(drain=0.2) as (program, address):
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            program.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-2:]
+        assert json.loads(last[0][6:])["error"]["code"] == "shutting_down"
+        assert last[1] == "data: [DONE]"
+        assert program.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_130():
+    with scripted(drain=5) as (program, address):
+        assert chat(address, max_tokens=3).status_code == 200
+        program.send_signal(signal.SIGINT)
+        assert program.wait(20) == 130
+
+
+@pytest.mark.slow
+def test_serve_answers_and_drains():
+    with program("--max-context", "640", "--log") as (running, address):
+        body = {"messages": [{"role": "user", "content": "What is 7 + 5?"}], "temperature": 0}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["model"] == "gpt-oss-tiny"
+        assert answer["choices"][0]["message"]["content"] == "7 + 5 = 12"
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+        long = {"prompt": "Hello", "max_tokens": 500, "ignore_eos": True}
+        got: list[httpx.Response] = []
+
+        def ask():
+            got.append(httpx.post(f"{address}/v1/completions", json=long, timeout=120))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        text = ""
+        while "gptoss_engine_slots_busy 1.0" not in text:
+            text = httpx.get(f"{address}/metrics").text
+        running.send_signal(signal.SIGTERM)
+        asking.join(120)
+        assert got[0].status_code == 200
+        assert got[0].json()["usage"]["completion_tokens"] == 500
+        assert running.wait(30) == 0
+        log = running.stdout.read()
+        assert log.count("/v1/chat/completions gpt-oss-tiny 200") == 1
+        assert "7 + 5" not in log
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "no API key"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (["--adapter", "nonsense"], "NAME=FOLDER"),
+        (["--date", "tomorrow"], "YYYY-MM-DD"),
+        (["--max-n", "0"], "max_n"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_one_line(options, said, monkeypatch, capsys):
+    from gptoss_jax.cli.main import main
+
+    monkeypatch.delenv("GPTOSS_API_KEYS", raising=False)
+    assert main(["serve", *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in error if line.startswith("gptoss serve: ")]) == 1
+    assert said in error[-1]
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    import importlib.util
+
+    from gptoss_jax.cli.main import main
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "uvicorn" else find(name, *a)
+    )
+    assert main(["serve"]) == 1
+    assert "pip install 'gptoss_jax[serve]'" in capsys.readouterr().err
