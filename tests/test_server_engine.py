@@ -1,0 +1,108 @@
+"""The server over the real engine and gpt-oss-tiny's weights: what it can do, and a short load."""
+
+import asyncio
+import json
+
+import openai
+import pydantic
+import pytest
+from load_serving import load
+from serving import DATE, served
+
+import gptoss_jax as gj
+from gptoss_jax.batching import Engine, EngineSettings
+from gptoss_jax.chat import Chat
+from gptoss_jax.server.app import create_app
+from gptoss_jax.server.settings import ServerSettings
+
+QUESTION = [{"role": "user", "content": "What is 7 + 5?"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gj.load("gpt-oss-tiny", max_context=512)
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    engine = Engine(model, EngineSettings(slots=8))
+    engine.warm_up()
+    with served(create_app(engine, ServerSettings(date=DATE))) as address:
+        yield address
+    engine.close(drain=0)
+
+
+@pytest.fixture
+def api(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api:
+        yield api
+
+
+def test_the_answer_is_that_of_chat(api, model):
+    reply = Chat(model, date=DATE, sampling=gj.Sampling(temperature=0)).send("What is 7 + 5?")
+    answer = api.chat.completions.create(model="gpt-oss-tiny", messages=QUESTION, temperature=0)
+    message = answer.choices[0].message
+    assert message.content == reply.final == "7 + 5 = 12"
+    assert message.reasoning == reply.analysis
+    assert answer.usage.prompt_tokens == reply.prompt_tokens
+    assert answer.usage.completion_tokens == reply.completion_tokens
+    parts = api.chat.completions.create(
+        model="gpt-oss-tiny", messages=QUESTION, temperature=0, stream=True
+    )
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == reply.final
+
+
+def test_a_sum_by_a_tool(api):
+    """gpt-oss-tiny calls tools that it is offered; whatever it does has the right shape."""
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds two integers.",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    answer = api.chat.completions.create(
+        model="gpt-oss-tiny", messages=QUESTION, tools=[tool], tool_choice="required", temperature=0, max_tokens=300,
+    )  # fmt: skip
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    arguments = json.loads(choice.message.tool_calls[0].function.arguments)
+    assert set(arguments) == {"a", "b"}
+
+
+class Verdict(pydantic.BaseModel):
+    """What is to come."""
+
+    larger: bool
+    total: int = pydantic.Field(ge=0, le=999)
+
+
+def test_structured_answers_hold_at_any_temperature(api):
+    for seed in range(4):
+        answer = api.chat.completions.parse(
+            model="gpt-oss-tiny", messages=QUESTION, response_format=Verdict, temperature=1.5, seed=seed, max_tokens=400,
+        )  # fmt: skip
+        assert isinstance(answer.choices[0].message.parsed, Verdict)
+
+
+def test_the_same_prompt_again_is_cached(api):
+    def ask():
+        return api.chat.completions.create(model="gpt-oss-tiny", messages=QUESTION, max_tokens=2)
+
+    ask()
+    cached = ask().usage.prompt_tokens_details.cached_tokens
+    assert cached >= 0  # how much is the engine's business
+
+
+def test_ten_seconds_of_load(address):
+    report = asyncio.run(load(address, clients=24, seconds=10, known=10))
+    assert not report.wrong, report.text()
+    assert all(
+        report.done[kind] > 0 for kind in ("whole", "stream", "cancel", "hang_up", "nonsense")
+    )
