@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import llguidance
 
 SECONDS = 1.5  # of processor time
-PATIENCE = 10.0  # seconds of waiting, where the machine is busy
+PATIENCE = 30.0  # seconds of waiting, where the machine is busy
 MEMORY, STACK = 4 << 30, 1 << 20  # bytes
 WALKS, STEPS = 4, 120
 LIMITS = {
