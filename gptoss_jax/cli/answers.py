@@ -5,8 +5,8 @@ stopped.
     answers.jsonl.run.json   what they are answers of: input, model, settings
 
 A batch is appended and synced as a whole; a torn last line is cut off when the run is continued.
-What is done is what stands in the file. Knows files; knows nothing of what an answer holds but its
-`id`, and whether it has an `error`.
+What is done is what stands in the file. Knows files; knows nothing of what an answer holds but what
+it answers, and whether it has an `error`.
 """
 
 import hashlib
@@ -52,6 +52,8 @@ class Answers:
       compared: The entries that must agree, beside all settings: ("input", "sha256"), ...
       adopted: Settings that are taken from the run that is continued where `wanted` has None.
       overwrite: Forget what is there.
+      key: Where an answer has the id of its prompt.
+      beside: File that says what the answers are of; by default PATH.run.json.
 
     Attributes:
       record: What the run that is continued began with; None if there is none.
@@ -71,9 +73,12 @@ class Answers:
         compared: Sequence[tuple[str, str]],
         adopted: Sequence[str] = (),
         overwrite: bool = False,
+        key: str = "id",
+        beside: Path | None = None,
     ):
         self.path = path = path.expanduser().resolve()
-        self.beside = path.with_name(f"{path.name}.run.json")
+        self.beside = beside or path.with_name(f"{path.name}.run.json")
+        self.key = key
         self.order = {key: number for number, key in enumerate(ids)}
         self.places: dict[str, tuple[int, int]] = {}  # offset and length of every answer
         self.record: dict[str, Any] | None = None
@@ -99,15 +104,15 @@ class Answers:
         if self.record is None:
             self.record = dict(record)
             text = json.dumps(self.record, ensure_ascii=False, indent=2) + "\n"
-            _replace(self.beside, [text.encode("utf-8", "backslashreplace")])
+            replace(self.beside, [text.encode("utf-8", "backslashreplace")])
 
     def append(self, answers: Iterable[Mapping[str, Any]]) -> None:
         """Adds answers; they are on the disk when this returns."""
         data = b""
         for answer in answers:
             row = _encode(answer)
-            self.places[str(answer["id"])] = (self.size + len(data), len(row))
-            self.failed += "error" in answer
+            self.places[str(answer[self.key])] = (self.size + len(data), len(row))
+            self.failed += answer.get("error") is not None
             data += row
         try:
             at = self.size
@@ -125,7 +130,7 @@ class Answers:
         wanted = sorted(keys, key=self.order.__getitem__)
         if keys != wanted:
             places = [self.places[key] for key in wanted]
-            _replace(self.path, (os.pread(self.file, length, at) for at, length in places))
+            replace(self.path, (os.pread(self.file, length, at) for at, length in places))
 
     def close(self) -> None:
         """Lets others at the file; removes it if nothing came of it."""
@@ -142,11 +147,11 @@ class Answers:
         except FileNotFoundError:
             raise GptOssError(
                 f"{self.path} holds something already, and {self.beside.name}, which says what, is "
-                "not there: use --overwrite to replace it, or another --output"
+                "not there: use --overwrite to replace it, or another output"
             ) from None
         except (ValueError, KeyError, TypeError):
             raise GptOssError(
-                f"{self.beside} is damaged: use --overwrite to start again, or another --output"
+                f"{self.beside} is damaged: use --overwrite to start again, or another output"
             ) from None
         new = [wanted[part][key] for part, key in compared]
         differing = [
@@ -167,7 +172,7 @@ class Answers:
         if differing:
             raise GptOssError(
                 f"{self.path} was begun with {'; '.join(differing)}: continue with the same, use "
-                "--overwrite to start again, or another --output"
+                "--overwrite to start again, or another output"
             )
         return record
 
@@ -175,14 +180,14 @@ class Answers:
         """Notes what is done, and cuts off a last line that was not written to its end."""
         data, at = self.path.read_bytes(), 0
         for number, row in enumerate(data.splitlines(keepends=True) if data else (), 1):
-            answer = _decode(row)
+            answer = _decode(row, self.key)
             last = at + len(row) == len(data)
             if answer is None and last:
                 os.ftruncate(self.file, at)
                 os.fsync(self.file)
                 self.size = at
                 return
-            key = str(answer.get("id")) if answer is not None else None
+            key = str(answer[self.key]) if answer is not None else None
             if answer is None or key not in self.order or key in self.places:
                 what = "is no answer" if answer is None or key not in self.order else "comes twice"
                 raise GptOssError(
@@ -190,7 +195,7 @@ class Answers:
                     "or use --overwrite to start again"
                 )
             self.places[key] = (at, len(row))
-            self.failed += "error" in answer
+            self.failed += answer.get("error") is not None
             at += len(row)
 
 
@@ -198,7 +203,7 @@ def _locked(path: Path) -> int:
     import fcntl  # not on Windows
 
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise GptOssError(f"{path} is not a plain file: give one as --output")
+        raise GptOssError(f"{path} is not a plain file: give one as output")
     if not path.parent.is_dir():
         raise GptOssError(f"{path.parent}: no such folder: make it first")
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -209,7 +214,7 @@ def _locked(path: Path) -> int:
     except (BlockingIOError, FileNotFoundError):
         os.close(file)
         raise GptOssError(
-            f"another run is writing {path}: wait for its end, or use another --output"
+            f"another run is writing {path}: wait for its end, or use another output"
         ) from None
     return file
 
@@ -219,7 +224,7 @@ def _another(part: str, before: str, now: str) -> str:
     return f"{part} {what}" if before != now else what
 
 
-def _replace(path: Path, rows: Iterable[bytes]) -> None:
+def replace(path: Path, rows: Iterable[bytes]) -> None:
     """The file with new content, whole or not at all."""
     partial = path.with_name(f"{path.name}.part")
     with partial.open("wb") as file:
@@ -242,12 +247,12 @@ def _encode(answer: Mapping[str, Any]) -> bytes:
         return json.dumps(answer).encode() + b"\n"
 
 
-def _decode(row: bytes) -> dict[str, Any] | None:
+def _decode(row: bytes, key: str) -> dict[str, Any] | None:
     try:
         answer = json.loads(row)
     except (ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) and "id" in answer and row[-1:] == b"\n" else None
+    return answer if isinstance(answer, dict) and key in answer and row[-1:] == b"\n" else None
 
 
 def _short(row: bytes) -> str:

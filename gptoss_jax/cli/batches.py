@@ -28,18 +28,14 @@ class Job:
 def prepare(line: Line, model: Any, settings: Mapping[str, Any]) -> Job:
     """The line's token ids and sampling settings.
 
-    A line without a seed of its own gets one from the run's seed and its id: SHA-256 of
-    "seed:id", the first 8 bytes.
+    A line without a seed of its own gets `own_seed`.
     """
     from gptoss_jax.chat.render import render
     from gptoss_jax.chat.reply import with_stops
 
     sampling, error, ids = line.sampling, None, []
     if sampling.seed is None:
-        digest = hashlib.sha256(
-            f"{settings['seed']}:{line.key}".encode("utf-8", "backslashreplace")
-        )
-        sampling = dataclasses.replace(sampling, seed=int.from_bytes(digest.digest()[:8], "big"))
+        sampling = dataclasses.replace(sampling, seed=own_seed(settings["seed"], line.key))
     try:
         if settings["raw"]:
             ids = model.tokenizer.encode(line.text)
@@ -56,6 +52,12 @@ def prepare(line: Line, model: Any, settings: Mapping[str, Any]) -> Job:
     except GptOssError as problem:
         error = str(problem)
     return Job(line, ids, sampling, error)
+
+
+def own_seed(seed: int, key: str) -> int:
+    """A seed for one line of a run: the first 8 bytes of the SHA-256 of "seed:id"."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "backslashreplace")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def batches(

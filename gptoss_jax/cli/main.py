@@ -15,6 +15,7 @@ VERBS = {
     "generate": ("gptoss_jax.cli.generate", "answer one prompt, or continue raw text"),
     "chat": ("gptoss_jax.cli.chat", "talk to the model in the terminal"),
     "serve": ("gptoss_jax.cli.serve", "an OpenAI-compatible server, and a page to talk to"),
+    "batch": ("gptoss_jax.cli.batch", "a file of requests in OpenAI's batch format, also on Ray"),
     "convert": ("gptoss_jax.cli.convert", "checkpoint to Orbax, or Orbax to Hugging Face's layout"),
     "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
