@@ -156,7 +156,7 @@ async function makeAnswer() {
   refresh();
   showList();
   toEnd();
-  const clock = setInterval(() => mine === conversation && refresh(), 100);
+  const clock = setInterval(draw, 100);
   try {
     for await (const chunk of streamCompletion(body, key, run.controller.signal)) {
       take(chunk, run);
@@ -173,8 +173,7 @@ async function makeAnswer() {
     runs.delete(mine.id);
     mine.updated = Date.now();
     if (store.listConversations().includes(mine)) store.saveConversation(mine);
-    if (mine === conversation) refresh();
-    draw();
+    show();
     showList();
     at("status").textContent = meta.error ?? (meta.stopped ? "Stopped" : "");
   }
@@ -258,10 +257,14 @@ function draw() {
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
-    refresh();
-    if (follow) toEnd();
-    else at("latest").hidden = below() < 120;
+    show();
   });
+}
+
+function show() {
+  refresh();
+  if (follow) toEnd();
+  else at("latest").hidden = below() < 120;
 }
 
 function toEnd() {
