@@ -101,9 +101,9 @@ def schemas() -> None:
     model = gj.load("gpt-oss-tiny")
     engine = Engine(model, EngineSettings(slots=32, max_queue=10_000))
     prompt, stops = render([m.user("2 + 2")], TINY), TINY.stop_ids
-    asked, refused = [], 0
-    for seed in range(SCHEMAS):
-        schema = random_schema(100_000 + seed)
+    asked, refused, seed = [], 0, 100_000
+    while len(asked) < SCHEMAS:
+        schema, seed = random_schema(seed), seed + 1
         try:
             asked.append(
                 (schema, completion_grammar(TINY, response_format=m.ResponseFormat(schema)))
