@@ -45,7 +45,7 @@ class Report:
     done: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
     tokens: int = 0
-    first: list[float] = dataclasses.field(default_factory=list)  # seconds to the first event
+    first: list[float] = dataclasses.field(default_factory=list)  # seconds to the first token
     memory: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # seconds, bytes
 
     def text(self) -> str:
@@ -53,7 +53,7 @@ class Report:
         lines = [f"{name:<12} {count}" for name, count in sorted(self.done.items())]
         lines.append(f"tokens of whole answers {self.tokens}")
         middle, late = first[len(first) // 2], first[int(len(first) * 0.99)]
-        lines.append(f"first event: median {middle:.3f} s, 99th percentile {late:.3f} s")
+        lines.append(f"first token: median {middle:.3f} s, 99th percentile {late:.3f} s")
         if self.memory:
             sizes = [size for _, size in self.memory]
             lines.append(f"resident memory {sizes[0] >> 20} to {sizes[-1] >> 20} MiB")
@@ -139,12 +139,9 @@ class Client:
             if answer.status_code != 200:
                 return self.wrong(f"{answer.status_code} {await answer.aread()}")
             async for line in answer.aiter_lines():
-                if '"reasoning"' in line or '"content": "' in line:
-                    if not lines:
-                        self.report.first.append(time.monotonic() - began)
-                    lines.append(line)
-                elif line:
-                    lines.append(line)
+                if len(lines) == 1 + body.get("n", 1):  # the roles came before the first token
+                    self.report.first.append(time.monotonic() - began)
+                lines += [line] if line else []
         if lines[-1] != "data: [DONE]":
             self.wrong(f"the stream ends with {lines[-1][:100]}")
         if streamed(lines, body.get("n", 1)) != self.alone[number]:

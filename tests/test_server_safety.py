@@ -95,6 +95,20 @@ def test_other_machines_need_a_key_or_a_word():
         check_exposure(host, (), True)
 
 
+def test_a_server_without_keys_answers_to_its_own_name_only():
+    async def ask(host):
+        app, _ = app_of(HELLO, repeat=True, settings=ServerSettings(hosts=("localhost", "::1")))
+        async with local(app) as client:
+            return await client.get("/v1/models", headers={"Host": host})
+
+    for host in ("localhost", "localhost:8000", "LOCALHOST:1", "[::1]:8000"):
+        assert asyncio.run(ask(host)).status_code == 200
+    for host in ("evil.example", "localhost.evil.example:8000", "", "127.0.0.1", "[::2]", "[::1", "]"):
+        answer = asyncio.run(ask(host))
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "wrong_host"
+
+
 @pytest.mark.parametrize(
     "bad",
     [

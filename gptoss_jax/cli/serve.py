@@ -20,6 +20,7 @@ from gptoss_jax.cli.loading import ModelArguments, load_model, working
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.server.settings import Limits, ServerSettings
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NEEDED = ("fastapi", "uvicorn", "llguidance", "prometheus_client")
 
 
@@ -52,6 +53,8 @@ class Arguments:
     """
     cors: tuple[str, ...] = ()
     """Origins (https://example.org) whose pages may call."""
+    allowed_host: tuple[str, ...] = ()
+    """Without a key: further names by which the server may be called (of a proxy before it)."""
     store: Path | None = None
     """File that keeps what /v1/responses stores; by default it is kept in memory only."""
     log: bool = False
@@ -75,6 +78,9 @@ def run(arguments: Arguments) -> int:
         api_keys=keys,
         date=arguments.date,
         cors_origins=arguments.cors,
+        hosts=()
+        if keys or arguments.no_auth
+        else (*LOOPBACK, arguments.host, *arguments.allowed_host),
         store=None if arguments.store is None else str(arguments.store),
         log=arguments.log,
     )

@@ -23,7 +23,7 @@ from gptoss_jax.errors import GptOssError
 from gptoss_jax.server import chat_completions, completions, embeddings, models, page, tokens
 from gptoss_jax.server.errors import DOCUMENTED, ApiError, handle, of_exception
 from gptoss_jax.server.json_response import JSONResponse
-from gptoss_jax.server.security import Authentication, BodyLimit
+from gptoss_jax.server.security import Authentication, BodyLimit, Hosts
 from gptoss_jax.server.service import Record, Service, report
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.server.shapes import Health
@@ -47,6 +47,7 @@ def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -
         origins = list(settings.cors_origins)
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **cors))
     middleware += [
+        Middleware(Hosts, names=settings.hosts),
         Middleware(Authentication, keys=settings.api_keys, pages=tuple(page.files())),
         Middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_seconds),
     ]

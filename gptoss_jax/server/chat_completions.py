@@ -58,7 +58,8 @@ async def _answer(service: Service, request: Request, body: ChatBody) -> Any:
     running = await service.begin(turn, request)
     shape = _Shape(service, body, turn)
     if body.stream:
-        return service.stream(request, _stream(service, request, running, shape, body))
+        chunks = _stream(service, request, running, shape, body)
+        return service.stream(request, chunks, close=running.close)
     try:
         return JSONResponse(await _whole(service, request, running, shape))
     finally:

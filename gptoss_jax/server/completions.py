@@ -89,7 +89,8 @@ async def _answer(service: Service, request: Request, body: CompletionBody) -> A
     }
     echoed = [tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
     if body.stream:
-        return service.stream(request, _stream(texts, head, echoed, body, tokenizer))
+        chunks = _stream(texts, head, echoed, body, tokenizer)
+        return service.stream(request, chunks, close=texts.close)
     try:
         return JSONResponse(await _whole(texts, head, echoed, body, tokenizer))
     finally:

@@ -11,6 +11,7 @@ import ipaddress
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,6 +53,35 @@ def check_exposure(host: str, keys: Sequence[str], no_auth: bool) -> None:
             f"--host {host} is reachable from other machines and there is no API key: give "
             f"--api-key-file or {KEYS_VARIABLE}, or say --no-auth"
         )
+
+
+class Hosts:
+    """Refuses requests for other names than the server's (DNS rebinding).
+
+    Args:
+      app: What is behind.
+      names: Allowed names; none: all are.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]):
+        self.app, self.names = app, frozenset(name.lower().strip("[]") for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.names:
+            try:
+                name = urlsplit("//" + Headers(scope=scope).get("host", "")).hostname
+            except ValueError:  # brackets that are no address
+                name = None
+            if name not in self.names:
+                refusal = ApiError(
+                    403,
+                    f"this server is not {(name or '')[:100]!r}: call it by its own name, or start "
+                    "it with --allowed-host",
+                    code="wrong_host",
+                )
+                await refusal.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Authentication:

@@ -126,8 +126,10 @@ class Service:
         request: Request,
         events: AsyncIterator[bytes],
         last: Callable[[ApiError], bytes] = failed,
+        close: Callable[[], None] | None = None,
     ) -> EventStream:
-        """A stream of events whose end is in the account, however it comes."""
+        """A stream of events whose end is in the account, however it comes; `close` is called then,
+        also if nothing was sent."""
         record = self.record(request)
 
         def ended(error: BaseException) -> None:
@@ -135,7 +137,7 @@ class Service:
             if of_exception(error).status_code == 500 and not isinstance(error, ClientGone):
                 report(error, record)
 
-        return EventStream(events, last, self.settings.keepalive_seconds, ended)
+        return EventStream(events, last, self.settings.keepalive_seconds, ended, close)
 
     def observer(self, record: Record):
         """What is to be called with (completion, piece) for every piece of one generation."""

@@ -70,6 +70,8 @@ class ServerSettings(Limits):
       date: "YYYY-MM-DD" that the model is told. None: the day on which the request comes, in the
         server's time zone; all cached prefixes change at midnight then.
       cors_origins: Origins whose pages may call; none by default.
+      hosts: Names that the Host header may have, without port; none of them: any. A server on
+        loopback without keys needs them: a page could give its own name this machine's address.
       store: File of /v1/responses (server/store.py); None keeps responses in memory only.
       log: One line a request on stdout.
     """
@@ -77,6 +79,7 @@ class ServerSettings(Limits):
     api_keys: Sequence[str] = ()
     date: str | None = None
     cors_origins: Sequence[str] = ()
+    hosts: Sequence[str] = ()
     store: str | None = None
     log: bool = False
 

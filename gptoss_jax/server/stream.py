@@ -38,6 +38,7 @@ class EventStream(Response):
       last: Bytes that tell of an error.
       silence: Seconds after which a comment is sent, so that proxies do not hang up.
       report: Called with what was raised.
+      close: Called at the end, also if the events were never begun.
     """
 
     media_type = "text/event-stream"
@@ -48,15 +49,22 @@ class EventStream(Response):
         last: Callable[[ApiError], bytes] = failed,
         silence: float = 15.0,
         report: Callable[[BaseException], None] | None = None,
+        close: Callable[[], None] | None = None,
     ):
         self.status_code, self.background = 200, None
         self.events, self.last, self.silence = events, last, silence
-        self.report = report or (lambda error: None)
+        self.report, self.close = report or (lambda error: None), close or (lambda: None)
         self.body = b""
         self.init_headers(HEADERS)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(receive, send)
+        finally:
+            self.close()
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         sending = asyncio.create_task(self._send(send))
