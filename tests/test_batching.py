@@ -3,6 +3,8 @@ cancelled, refused or broken.
 """
 
 import collections
+import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -149,6 +151,20 @@ def test_masked_choices_are_the_allowed_ones(engine):
     assert found[3].tokens == found[4].tokens
     time.sleep(0.2)
     assert engine.statistics()["slots_busy"] == 0
+
+
+class Dead(Only):
+    """Allows nothing after three tokens."""
+
+    def _set(self):
+        return np.full(V, len(self.accepted) < 3)
+
+
+def test_a_grammar_without_a_way_on_fails_alone(engine):
+    s = Sampling(seed=1, ignore_eos=True)
+    ends = run(engine, [Request([5, 6], s, 9, masks=[Dead(None)]), Request([5, 6], s, 9)])
+    assert "allows no token" in str(getattr(ends[0][0], "error", ""))
+    assert len(ends[1][0].tokens) == 9
 
 
 def settled(engine, **expected):
@@ -329,7 +345,41 @@ def test_priorities_and_a_bounded_queue(model):
     left.cancel()
 
 
-def test_nothing_compiles_after_warm_up(engine):
+def test_drafts_change_nothing(model, engine):
+    """Prompts that repeat themselves, greedy and drawn, with penalties, grammars and logprobs."""
+    rng = np.random.default_rng(11)
+    drafting = Engine(model, dataclasses.replace(SETTINGS, drafts=3))
+    drafting.warm_up()
+    requests = list(workload(8, seed=2))
+
+    def masks():
+        return [Only([(2, 0), (1, 0), (3, 1)])]
+
+    for i in range(8):
+        part = rng.integers(0, V, 6).tolist()
+        sampling = Sampling(
+            temperature=0.3 * (i % 2), seed=i, ignore_eos=True, logprobs=i == 3,
+            repetition_penalty=0.7, presence_penalty=-1.0 * (i % 3),
+        )  # fmt: skip
+        requests.append(Request(part * 8, sampling, 150, masks=masks() if i > 5 else ()))
+    expected = run(engine, requests)
+    for i in (6, 7):
+        requests[8 + i] = dataclasses.replace(requests[8 + i], masks=masks())
+    with compilations() as compiled:
+        found = run(drafting, requests)
+    assert not compiled
+    for a, b in zip(found, expected, strict=True):
+        assert [c.tokens for c in a] == [c.tokens for c in b]
+        assert [c.text for c in a] == [c.text for c in b]
+    counts = drafting.statistics()
+    assert counts["accepted_tokens_total"] > 100
+    assert counts["accepted_tokens_total"] <= counts["draft_tokens_total"]
+    drafting.close()
+
+
+@contextlib.contextmanager
+def compilations():
+    """The compilations of its block."""
     compiled = []
 
     def listener(event, duration_secs, **_):
@@ -338,17 +388,23 @@ def test_nothing_compiles_after_warm_up(engine):
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        requests = list(workload(14, seed=5))
-        masks = [Only([(2, 0), (3, 1)]) for _ in range(2)]
-        requests.append(Request(list(range(20)), Sampling(n=2, logprobs=True), 20, masks=masks))
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_nothing_compiles_after_warm_up(engine):
+    requests = list(workload(14, seed=5))
+    masks = [Only([(2, 0), (3, 1)]) for _ in range(2)]
+    requests.append(Request(list(range(20)), Sampling(n=2, logprobs=True), 20, masks=masks))
+    with compilations() as compiled:
         generations, wait = submit(engine, requests)
         generations[2].cancel()
         wait()
-        assert not compiled
+    assert not compiled
+    with compilations() as compiled:
         jax.jit(lambda x: x + 1)(1.5)
-        assert compiled  # the listener hears
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiled  # the listener hears
 
 
 def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):

@@ -24,7 +24,7 @@ from gptoss_jax.batching import pages
 from gptoss_jax.batching import slots as device
 from gptoss_jax.batching.requests import Busy, Closing, Failure, Listener, Request
 from gptoss_jax.batching.settings import EngineSettings
-from gptoss_jax.batching.work import Job, Work
+from gptoss_jax.batching.work import MEMORY, Job, Work
 from gptoss_jax.cache import cache_bytes
 from gptoss_jax.completions import Piece, Reader, TokenLogprob
 from gptoss_jax.engine import Model
@@ -33,24 +33,36 @@ from gptoss_jax.sampling import Sampling
 from gptoss_jax.tokenizer import Tokenizer
 
 TOP = 20  # most likeliest tokens that a request may ask for
-BACK = 2  # tokens that a row can be taken back
+BACK = 4  # tokens that a row can be taken back, or more with more drafts
 CHUNK = 128
 SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
 LEAST_CONTEXT = 1024  # of a slot, when memory decides
-SURE = 0.9  # a grammar that accepts more than this is checked after the next step is sent
-HOPELESS = 0.6  # one that accepts less gets its mask before the choice
+LOST = 0.15  # steps are no longer sent ahead when grammars would waste this share of them
+HOPELESS = 0.6  # a grammar that accepts less gets its mask before the choice,
+HOPE = 0.03  # and is tried without it after a while
 
 
 @dataclasses.dataclass
 class Step:
-    """What was sent to the device and not yet read: a chunk of a prompt, or choices of rows."""
+    """What was sent to the device and not yet read: a chunk of a prompt, or choices of rows.
+
+    Attributes:
+      number: In order of sending.
+      wait: Tokens [B] or [B, T], or something that is there when a chunk is read.
+      works: Rows that it concerns.
+      logits: That the tokens were chosen from, [B, V] or [B, T, V]; None for a chunk.
+      reports: Their log probabilities if somebody wants them, one for each column of tokens.
+      masked: Rows whose grammar was asked before.
+      drafts: How many tokens were drafted for each row.
+    """
 
     number: int
     wait: Any
     works: dict[int, Work] = dataclasses.field(default_factory=dict)
     logits: Any = None
-    report: Any = None
+    reports: Sequence[Any] = ()
     masked: frozenset[int] = frozenset()
+    drafts: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -74,6 +86,7 @@ class Engine:
         self.settings = settings or EngineSettings()
         self._context, self._chunk, self._pages = _sizes(model, self.settings)
         self._lengths = (SHORT, self._chunk) if self._chunk > SHORT else (self._chunk,)
+        self._back = max(BACK, self.settings.drafts + 1)
         words = -(-model.config.vocab_size // 32)
         everything = np.full((self.settings.slots, words), 0xFFFFFFFF, np.uint32)
         self._everything = self._put(everything)
@@ -216,7 +229,8 @@ class Engine:
                 self._admit()
                 self._turn()
             except Exception as error:
-                self._failed(error)
+                if not self._failed(error):
+                    return
             if not self._submitted_left():
                 with self._idle:
                     self._idle.notify_all()
@@ -279,8 +293,9 @@ class Engine:
         """How much may be on the device while the next is sent."""
         if not self._running:
             return int(bool(self._reading))
-        checked = [work.accepted for work in self._running.values() if work.mask is not None]
-        return 0 if checked and min(checked) < SURE else 1
+        works = self._running.values()
+        lost = sum((1 - w.accepted) / (2 - w.accepted) for w in works if w.mask is not None)
+        return 0 if self.settings.drafts or lost > LOST * len(works) else 1
 
     def _send_chunk(self) -> None:
         """Reads on in a prompt: by turns the oldest and the one with the least left."""
@@ -355,31 +370,76 @@ class Engine:
             self._running[work.slot] = work
 
     def _send_step(self) -> None:
-        """One token for every row that generates."""
+        """One token for every row that generates, or more where drafts are right."""
+        drafts = self._drafts()
+        if drafts:
+            self._send_drafts(drafts)
+            return
         self._slots, logits = self._run(
             device.advance, self.model.params, self._slots, self._tables, config=self.model.config
         )
-        fresh = {
-            slot: work
-            for slot, work in self._running.items()
-            if work.mask is not None and work.accepted < HOPELESS
-        }
-        allowed = self._allowed(fresh) if fresh and not self._choices() else self._everything
-        masked = frozenset(fresh) if allowed is not self._everything else frozenset()
+        allowed, masked = self._everything, {}
+        if not self._choices():
+            for slot, work in self._running.items():
+                if work.mask is not None and work.accepted < HOPELESS:
+                    masked[slot] = work
+                    work.accepted += HOPE
+            if masked:
+                allowed = self._allowed(masked)
         self._slots, tokens = self._run(device.choose, self._slots, logits, allowed)
-        self._sent_choice(logits, tokens, dict(self._running), masked)
+        self._sent_choices(logits, tokens, dict(self._running), frozenset(masked))
+
+    def _sent_choices(self, logits, tokens, works, masked, drafts=None) -> None:
+        """Notes what was sent; asks for log probabilities if somebody wants them."""
+        reports = []
+        if any(work.reader.wanted for work in works.values()):
+            if logits.ndim == 2:
+                reports = [self._run(device.report, logits, tokens, top=TOP)]
+            for i in range(logits.shape[1] if logits.ndim == 3 else 0):
+                at = np.full(self.settings.slots, i, np.int32)
+                column = self._run(device.pick, logits, at), tokens[:, i]
+                reports.append(self._run(device.report, *column, top=TOP))
+        step = Step(self._next(), tokens, works, logits, reports, masked, drafts or {})
+        self._sent.append(step)
         self._counts["steps_total"] += 1
 
-    def _sent_choice(self, logits, tokens, works, masked) -> None:
-        wanted = any(work.reader.wanted for work in works.values())
-        report = self._run(device.report, logits, tokens, top=TOP) if wanted else None
-        self._sent.append(Step(self._next(), tokens, works, logits, report, masked))
+    def _drafts(self) -> dict[int, list[int]]:
+        """Guesses for the rows, if they are worth a step that reads several tokens."""
+        most = self.settings.drafts
+        if not most or self._choices():
+            return {}
+        drafts = {slot: work.draft(most) for slot, work in self._running.items()}
+        hoped = sum(self._running[slot].hits * len(draft) for slot, draft in drafts.items())
+        return drafts if hoped > 0.5 * len(drafts) else {}
+
+    def _send_drafts(self, drafts: dict[int, list[int]]) -> None:
+        table = np.full((self.settings.slots, self.settings.drafts), -1, np.int32)
+        for slot, draft in drafts.items():
+            # a row that ends by its length has no room beyond it
+            room = self._context - self._running[slot].length
+            del draft[max(room, 0) :]
+            table[slot, : len(draft)] = draft
+        self._slots, logits = self._run(
+            device.advance_drafts, self.model.params, self._slots, table, self._tables,
+            config=self.model.config,
+        )  # fmt: skip
+        self._slots, tokens = self._run(
+            device.choose_drafts, self._slots, logits, table, self._everything
+        )
+        counts = {slot: len(draft) for slot, draft in drafts.items()}
+        self._counts["draft_tokens_total"] += sum(counts.values())
+        self._sent_choices(logits, tokens, dict(self._running), frozenset(), counts)
 
     def _allowed(self, works: dict[int, Work]) -> np.ndarray:
+        """What the grammars of these rows allow, all for the others; ends those that cannot go
+        on.
+        """
         allowed = np.full((self.settings.slots, self._words), 0xFFFFFFFF, np.uint32)
         for slot, work in works.items():
             assert work.mask is not None
             work.mask.fill(allowed[slot])
+            if not allowed[slot].any():
+                self._end(work, Failure(GptOssError("the grammar allows no token at this place")))
         return allowed
 
     def _read(self, step: Step) -> None:
@@ -387,47 +447,61 @@ class Engine:
         tokens = np.asarray(step.wait)
         if step.logits is None:
             return
-        report = None if step.report is None else [np.asarray(x) for x in step.report]
-        refused: dict[int, Work] = {}
+        tokens = tokens.reshape(len(tokens), -1)
+        reports = [[np.asarray(x) for x in report] for report in step.reports]
+        refused: dict[int, tuple[Work, int]] = {}
         for slot, work in step.works.items():
             if work.over or step.number < work.valid_from:
                 continue
-            token = int(tokens[slot])
-            if token == device.BROKEN:
-                self._end(work, Failure(GptOssError("the model's logits are not numbers")), True)
-            elif work.mask is not None and not self._accept(work, token, slot in step.masked):
-                if slot in step.masked:
-                    error = GptOssError(f"the grammar refuses token {token}, which it allowed")
-                    self._end(work, Failure(error))
-                else:
-                    refused[slot] = work
-            else:
-                self._tell(work, token, report)
+            row = tokens[slot].tolist()
+            for column, token in enumerate(row):
+                if token == -1 or work.over:
+                    break
+                if token == device.BROKEN:
+                    error = GptOssError("the model's logits are not numbers")
+                    self._end(work, Failure(error), broken=True)
+                elif self._accept(work, token, slot in step.masked):
+                    self._tell(work, token, reports[column] if reports else None)
+                elif not work.over:
+                    refused[slot] = work, column
+                    break
+            if count := step.drafts.get(slot):
+                right = sum(token != -1 for token in row) - 1
+                self._counts["accepted_tokens_total"] += right
+                work.hits = MEMORY * work.hits + (1 - MEMORY) * right / count
         if refused:
-            self._redo(step, refused)
+            self._redo(step, tokens, refused)
 
     def _accept(self, work: Work, token: int, masked: bool) -> bool:
-        assert work.mask is not None
+        """Whether the grammar of a completion, if it has one, takes the token."""
+        if work.mask is None:
+            return True
         good = work.mask.accept(token)
-        if not masked or good:
-            work.heard(good and not masked)
+        if masked and not good:
+            error = GptOssError(f"the grammar refuses token {token}, which it allowed")
+            self._end(work, Failure(error))
+        elif not masked:
+            work.heard(good)
         return good
 
-    def _redo(self, step: Step, refused: dict[int, Work]) -> None:
+    def _redo(self, step: Step, tokens, refused: dict[int, tuple[Work, int]]) -> None:
         """Chooses again where a grammar refused a choice, among what it allows."""
         rows = self.settings.slots
-        length, back = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        length, back, at = (np.zeros(rows, np.int32) for _ in range(3))
         later = self._choices()
-        for slot, work in refused.items():
-            length[slot] = work.length
-            back[slot] = 1 + sum(s.works.get(slot) is work for s in later)
-        allowed = self._allowed(refused)
-        self._slots, tokens = self._run(
-            device.redo, self._slots, step.logits, allowed, length, back
-        )
-        for work in refused.values():
+        for slot, (work, column) in refused.items():
+            length[slot], at[slot] = work.length, column
+            made = int((tokens[slot] != -1).sum()) - column
+            back[slot] = made + sum(s.works.get(slot) is work for s in later)
+        works = {slot: work for slot, (work, _) in refused.items()}
+        allowed = self._allowed(works)
+        logits = step.logits
+        if logits.ndim == 3:
+            logits = self._run(device.pick, logits, at)
+        self._slots, chosen = self._run(device.redo, self._slots, logits, allowed, length, back)
+        for work in works.values():
             work.valid_from = self._number
-        self._sent_choice(step.logits, tokens, refused, frozenset(refused))
+        self._sent_choices(logits, chosen, works, frozenset(works))
 
     def _tell(self, work: Work, token: int, report) -> None:
         def logprob(column: int) -> TokenLogprob:
@@ -438,6 +512,7 @@ class Engine:
             return TokenLogprob(token, float(chosen), pairs)
 
         work.length += 1
+        work.remember(token)
         self._counts["generated_tokens_total"] += 1
         piece = work.reader.read([token], token in work.stops, logprob)
         if work.reader.finished:
@@ -484,21 +559,38 @@ class Engine:
         for index in waiting:
             job.listener(index, Piece("", [], None, "cancelled"))
 
-    def _failed(self, error: Exception) -> None:
-        """Ends the requests at work, and begins anew: what was donated is lost."""
+    def _failed(self, error: Exception) -> bool:
+        """Ends the requests at work, and begins anew: what was donated is lost. False if there is
+        no beginning anew: then all end.
+        """
         works = list(self._works.values())
         self._works, self._reading, self._running = {}, [], {}
-        self._empty_state()
         for work in works:
             work.over = True
             work.job.works.pop(work.index, None)
             work.tell(Failure(error))
+        try:
+            self._empty_state()
+        except Exception as last:
+            with self._lock:
+                self._closing = True
+            while not self._inbox.empty():  # nothing comes after `_closing`
+                if message := self._inbox.get():
+                    message()
+            for job in self._waiting:
+                for index in job.waiting:
+                    job.listener(index, Failure(last))
+            self._waiting, self._queued = [], 0
+            with self._idle:
+                self._idle.notify_all()
+            return False
+        return True
 
     def _empty_state(self) -> None:
         m = self.model
         dtype = jnp.dtype(m.params["embedding"].dtype)
         self._slots = self._run(
-            device.make, m.config, self.settings.slots, self._context, BACK, dtype
+            device.make, m.config, self.settings.slots, self._context, self._back, dtype
         )
         self._pool = self._run(pages.make, m.config, max(self._pages, 1), self._chunk, dtype)
         self._table = pages.PageTable(self._pages)
@@ -554,6 +646,19 @@ class Engine:
         length, back = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._slots, tokens = self._run(device.redo, self._slots, logits, allowed, length, back)
         self._run(device.report, logits, tokens, top=TOP)
+        if self.settings.drafts:
+            table = np.zeros((rows, self.settings.drafts), np.int32)
+            self._slots, logits = self._run(
+                device.advance_drafts, self.model.params, self._slots, table, self._tables,
+                config=self.model.config,
+            )  # fmt: skip
+            self._slots, tokens = self._run(
+                device.choose_drafts, self._slots, logits, table, self._everything
+            )
+            one = self._run(device.pick, logits, back)
+            for i in range(tokens.shape[1]):
+                self._run(device.report, one, tokens[:, i], top=TOP)
+            self._slots, tokens = self._run(device.redo, self._slots, one, allowed, length, back)
         self._slots = self._run(device.erase, self._slots, np.int32(0))
         self._slots = self._run(device.release, self._slots, np.ones(rows, bool))
         jax.block_until_ready(self._slots)
@@ -576,7 +681,8 @@ def _sizes(model: Model, settings: EngineSettings) -> tuple[int, int, int]:
     free, copies = _free_bytes(model, rows)
 
     def needed(context: int) -> int:
-        return cache_bytes(config, rows, context, itemsize, BACK) // copies
+        back = max(BACK, settings.drafts + 1)
+        return cache_bytes(config, rows, context, itemsize, back) // copies
 
     if not 0 < context <= model.max_context:
         raise GptOssError(

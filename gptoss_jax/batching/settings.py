@@ -17,6 +17,9 @@ class EngineSettings:
         model's window; None for the smallest one of at least 128. Also the size of a page.
       pages: Pages of the prefix cache, 0 for none; None for as many as make a quarter of what the
         slots take.
+      drafts: Tokens that are guessed to follow, from what stood after the same two tokens before,
+        and checked in one step; 0 for none. The output is the same; it comes sooner where it
+        repeats what was there.
     """
 
     slots: int = 32
@@ -24,9 +27,16 @@ class EngineSettings:
     max_context: int | None = None
     chunk: int | None = None
     pages: int | None = None
+    drafts: int = 0
 
     def __post_init__(self):
-        for name, low in (("slots", 1), ("max_queue", 0), ("chunk", 1), ("pages", 0)):
+        for name, low in (
+            ("slots", 1),
+            ("max_queue", 0),
+            ("chunk", 1),
+            ("pages", 0),
+            ("drafts", 0),
+        ):
             value = getattr(self, name)
             if value is None and name in ("chunk", "pages"):
                 continue

@@ -192,6 +192,77 @@ def choose(
     return _choose(slots, logits_BV, allowed_BW, slots.active_B, slots.cache.length_B)
 
 
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def advance_drafts(
+    params: Params,
+    slots: Slots,
+    drafts_BD: Int[Array, "B D"],
+    adapters: Params | None = None,
+    *,
+    config: GptOssConfig,
+) -> tuple[Slots, Float[Array, "B T V"]]:
+    """`advance` by the last token and those that are drafted to follow it.
+
+    Args:
+      params: The model.
+      slots: Donated; a row can be taken back by at least D + 1.
+      drafts_BD: int32 ids, -1 after a row's last.
+      adapters: What `tables` made.
+
+    Returns:
+      The rows, and the float32 logits after each of the D + 1 tokens.
+    """
+    added = _added(adapters, slots.adapter_B)
+    tokens_BT = jnp.concatenate([slots.last_B[:, None], jnp.maximum(drafts_BD, 0)], axis=1)
+    mask_BT = jnp.concatenate([jnp.ones_like(drafts_BD[:, :1]), drafts_BD], axis=1) >= 0
+    mask_BT &= slots.active_B[:, None]
+    x_BTD, cache, _ = hidden(
+        params, tokens_BT, slots.cache, config=config, mask=mask_BT, added=added, sparse=True
+    )
+    assert cache is not None
+    return settle(dataclasses.replace(slots, cache=cache)), unembed(params, x_BTD, added)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def choose_drafts(
+    slots: Slots,
+    logits_BTV: Float[Array, "B T V"],
+    drafts_BD: Int[Array, "B D"],
+    allowed_BW: UInt32[Array, "B W"],
+) -> tuple[Slots, Int[Array, "B T"]]:
+    """Chooses after each drafted token as long as the choices before were the drafted ones: each is
+    drawn with its position's own noise, so it is the choice that there is without drafts.
+
+    Args:
+      slots: After `advance_drafts`; donated.
+      logits_BTV: What it gave.
+      drafts_BD: What it took.
+      allowed_BW: All tokens.
+
+    Returns:
+      The rows, and int32 tokens, -1 after the last of a row.
+    """
+    going_B = slots.active_B
+    count_B = jnp.where(going_B, 1 + (drafts_BD >= 0).sum(1, dtype=jnp.int32), 0)
+    length_B = slots.cache.length_B - count_B
+    columns = []
+    for i in range(logits_BTV.shape[1]):
+        length_B = length_B + going_B.astype(jnp.int32)
+        slots, tokens_B = _choose(slots, logits_BTV[:, i], allowed_BW, going_B, length_B)
+        columns.append(jnp.where(going_B, tokens_B, -1))
+        if i < drafts_BD.shape[1]:
+            going_B = going_B & (tokens_B == drafts_BD[:, i])
+    cache = dataclasses.replace(slots.cache, length_B=length_B)
+    return settle(dataclasses.replace(slots, cache=cache)), replicate(jnp.stack(columns, axis=1))
+
+
+@jax.jit
+def pick(logits_BTV: Float[Array, "B T V"], at_B: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """The logits after one of the tokens of `advance_drafts`, for each row."""
+    found = jnp.take_along_axis(logits_BTV, at_B[:, None, None], axis=1)[:, 0]
+    return constrain(found, "BV")
+
+
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def redo(
     slots: Slots,

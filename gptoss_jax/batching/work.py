@@ -9,7 +9,8 @@ import numpy as np
 from gptoss_jax.batching.requests import Failure, Listener, Request, TokenMask
 from gptoss_jax.completions import Piece, Reader
 
-ACCEPTED_SHARE = 0.9  # of the newest choice in the average of what a grammar accepts
+MEMORY = 0.9  # of the averages of what grammars accept and drafts hit
+LEAST_HITS = 0.1  # drafts that are right less often are not tried
 
 
 class Job:
@@ -78,6 +79,9 @@ class Work:
       length: Tokens of prompt and completion that are settled.
       valid_from: Steps before this one no longer concern it.
       accepted: Moving average of what the constraint accepts.
+      after: Where the token after a pair of tokens stands in `history`; None before a draft.
+      hits: Moving average of the share of drafted tokens that were right.
+      over: It has ended.
     """
 
     job: Job
@@ -91,6 +95,9 @@ class Work:
     length: int = 0
     valid_from: int = 0
     accepted: float = 1.0
+    after: dict[tuple[int, ...], int] | None = None
+    history: list[int] = dataclasses.field(default_factory=list)
+    hits: float = 0.5
     over: bool = False
 
     @property
@@ -104,4 +111,20 @@ class Work:
 
     def heard(self, good: bool) -> None:
         """Notes whether the constraint accepted an unmasked choice."""
-        self.accepted = ACCEPTED_SHARE * self.accepted + (1 - ACCEPTED_SHARE) * good
+        self.accepted = MEMORY * self.accepted + (1 - MEMORY) * good
+
+    def draft(self, most: int) -> list[int]:
+        """Tokens that may follow: those that followed the last two before."""
+        if self.after is None:
+            self.after, self.history = {}, []
+            for token in self.job.prompt.tolist():
+                self.remember(token)
+        at = self.after.get(tuple(self.history[-2:]))
+        return [] if at is None or self.hits < LEAST_HITS else self.history[at : at + most]
+
+    def remember(self, token: int) -> None:
+        """Adds a token to what drafts are made of."""
+        if self.after is not None:
+            if len(self.history) >= 2:  # what the last two say of themselves comes with the next
+                self.after[tuple(self.history[-2:])] = len(self.history)
+            self.history.append(token)
