@@ -1,6 +1,8 @@
 """The server against its own OpenAPI description, by schemathesis: nothing that it sends is a
 server error or goes undescribed."""
 
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 from serving import HELLO, app_of, served
@@ -12,7 +14,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: 
 
 LIMITS = ServerSettings(date="2026-01-01", request_seconds=20, max_n=4)
 APP, _ = app_of(lambda r: [HELLO] * r.sampling.n, settings=LIMITS, adapters=["lora"])
+LONG = "--slow" in sys.argv  # every boundary of every parameter, and many more random requests
 SCHEMA = schemathesis.openapi.from_dict(APP.openapi())
+SCHEMA.config.phases.coverage.enabled = LONG
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +32,13 @@ def check(case, address):
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=1000 if LONG else 15,
+    deadline=None,
+    derandomize=not LONG,
+    suppress_health_check=list(HealthCheck),
+)
 def test_the_description_holds(case, address):
-    check(case, address)
-
-
-@pytest.mark.slow
-@SCHEMA.parametrize()
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_description_holds_for_many_more(case, address):
     check(case, address)
 
 
