@@ -1,38 +1,31 @@
-"""/v1/responses: made at once, streamed or in the background, stored, continued, replayed.
+"""/v1/responses: the routes.
 
-Knows the routes, and when what is stored. A response is acknowledged (its answer, or the last event
-of its stream, is sent) only after it is stored; a background one is stored before its id is told,
-and failed if the server finds it unfinished at its start. Foreground responses that fail, or whose
-client goes, are not stored.
+Knows parameters of URLs and the shapes of what they answer; the rest is responses_service.py's.
 """
 
 import asyncio
-import contextlib
-import dataclasses
-import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Query, Request
 
-from gptoss_jax.batching.requests import Closing
-from gptoss_jax.server.conversation import ContextTooLong, Finished, Running
-from gptoss_jax.server.errors import DOCUMENTED, ApiError, bad, of_exception
-from gptoss_jax.server.json_response import JSONResponse, event
+from gptoss_jax.server.conversation import prompt_of
+from gptoss_jax.server.errors import DOCUMENTED, bad
+from gptoss_jax.server.json_response import JSONResponse
 from gptoss_jax.server.parameters import StrictRoute
-from gptoss_jax.server.responses_background import Background
-from gptoss_jax.server.responses_events import OVER, Writer, failure
-from gptoss_jax.server.responses_items import new_id, read_input, resolve, seal, to_messages
+from gptoss_jax.server.responses_items import seal
 from gptoss_jax.server.responses_models import CreateResponse
-from gptoss_jax.server.responses_shapes import DeletedShape, ItemsShape, ResponseShape
-from gptoss_jax.server.responses_turn import check_together, response_of, turn_of
-from gptoss_jax.server.service import Service, report
-from gptoss_jax.server.store import RUNNING, NotStored, Store, Stored
+from gptoss_jax.server.responses_service import Responses, error_line, event_lines
+from gptoss_jax.server.responses_shapes import (
+    DeletedShape,
+    InputTokensShape,
+    ItemsShape,
+    ResponseShape,
+)
+from gptoss_jax.server.service import Service
 from gptoss_jax.server.stream import unless_gone
 
 Json = dict[str, Any]
-INTERRUPTED = "the server ended before the response was complete: ask again"
 INCLUDE = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 Included = Annotated[list[INCLUDE] | None, Query()]
 Brackets = Annotated[list[INCLUDE] | None, Query(alias="include[]", include_in_schema=False)]
@@ -53,6 +46,18 @@ def router(service: Service) -> APIRouter:
         """Answers a conversation: at once, as a stream, or in the background."""
         return await unless_gone(request, responses.create(request, body))
 
+    @out.post("/v1/responses/input_tokens", responses={**errors, 200: {"model": InputTokensShape}})
+    async def input_tokens(request: Request, body: CreateResponse) -> Any:
+        """How many tokens the prompt of a response would have; nothing is made."""
+        turn = (await responses.turn(request, body))[0]
+        prompt = await asyncio.to_thread(prompt_of, turn, service.engine.tokenizer)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt)})
+
+    @out.post("/v1/responses/compact", responses=errors)
+    async def compact() -> Any:
+        """Refused: conversations are never compacted."""
+        raise bad("conversations are never compacted here: send fewer items")
+
     @out.get("/v1/responses/{response_id}", responses={**errors, **stream})
     async def retrieve(
         request: Request,
@@ -71,7 +76,9 @@ def router(service: Service) -> APIRouter:
                 raise bad("events are as they were made: ask without stream", "include")
             after = -1 if starting_after is None else starting_after
             events = await responses.replay(response_id, after)
-            return service.stream(request, _lines(events, include_obfuscation), last=_error)
+            return service.stream(
+                request, event_lines(events, include_obfuscation), last=error_line
+            )
         if starting_after is not None or include_obfuscation:
             name = "starting_after" if starting_after is not None else "include_obfuscation"
             raise bad(f"{name} needs stream=true", name)
@@ -121,255 +128,6 @@ def router(service: Service) -> APIRouter:
         )
 
     return out
-
-
-class Responses:
-    """The responses of one server: those in the store, and those that are being made."""
-
-    def __init__(self, service: Service):
-        self.service = service
-        settings = service.settings
-        self.store = Store(
-            settings.store,
-            max_responses=settings.max_stored,
-            max_bytes=settings.max_stored_bytes,
-            max_age=settings.stored_seconds,
-        )
-        self.background: dict[str, Background] = {}
-        self.closing = False
-        for stored in self.store.running():
-            failed = {"status": "failed", "error": failure(INTERRUPTED)}
-            self.store.put(dataclasses.replace(stored, response={**stored.response, **failed}))
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Ends what runs in the background, and the store, after the application."""
-        try:
-            yield
-        finally:
-            self.closing = True
-            for made in list(self.background.values()):
-                await made.cancel()
-            self.store.close()
-
-    async def create(self, request: Request, body: CreateResponse) -> Any:
-        """The answer of POST /v1/responses."""
-        check_together(body)
-        service, id, now = self.service, new_id("resp"), time.time()
-        adapter = service.adapter(body.model, request)
-        items, history = await asyncio.to_thread(self._conversation, body)
-        messages = to_messages([*history, *items], len(history))
-        vocab_size = service.engine.tokenizer.vocab_size
-        turn = turn_of(body, messages, service.settings, vocab_size, adapter)
-        try:
-            running = await service.begin(turn, request)
-        except ContextTooLong as error:
-            raise bad(str(error), "input", "context_length_exceeded") from None
-        response = response_of(body, turn, id, adapter or service.engine.name, now)
-        sealed = "reasoning.encrypted_content" in (body.include or ())
-        writer = Writer(response, service.engine.tokenizer, sealed)
-        obfuscate = body.stream_options is not None and bool(
-            body.stream_options.include_obfuscation
-        )
-        try:
-            if body.background:
-                made = await self._start(request, running, writer, items)
-                if body.stream:
-                    return service.stream(request, _lines(made.follow(), obfuscate), last=_error)
-                return JSONResponse(response)
-            events = self._foreground(request, running, writer, items)
-            if body.stream:
-
-                def last(error: ApiError) -> bytes:
-                    return b"".join(map(_line, writer.end("failed", error=failure(error.message))))
-
-                return service.stream(request, _lines(events, obfuscate), last)
-        except BaseException:
-            running.close()
-            raise
-        async with contextlib.aclosing(events):
-            async for _ in events:
-                pass
-        return JSONResponse(writer.response)
-
-    def _conversation(self, body: CreateResponse) -> tuple[list[Json], list[Json]]:
-        """The request's own items, and those of the responses that it continues."""
-        history: list[Json] = []
-        if body.previous_response_id is not None:
-            try:
-                chain = self.store.chain(body.previous_response_id)
-            except NotStored as error:
-                raise bad(
-                    str(error), "previous_response_id", "previous_response_not_found"
-                ) from None
-            if chain[-1].response["status"] in RUNNING:
-                raise bad(
-                    f"response {body.previous_response_id!r} is not complete yet: wait, or cancel "
-                    "it",
-                    "previous_response_id",
-                )
-            for stored in chain:
-                history += [*stored.input, *stored.response["output"]]
-        given = read_input(body.input)
-        if not given and not history:
-            raise bad("parameter 'input' is empty: write something", "input")
-        most = self.service.settings.max_messages
-        if len(history) + len(given) > most:
-            raise bad(
-                f"the conversation has {len(history) + len(given)} items: at most {most} are "
-                "allowed",
-                "input",
-            )
-        return resolve(given, [item["id"] for item in history], self.store.item), history
-
-    async def _foreground(
-        self, request: Request, running: Running, writer: Writer, items: Sequence[Json]
-    ) -> AsyncGenerator[Json]:
-        """The events of a response that somebody waits for; stored before the last one."""
-        try:
-            for made in writer.start():
-                yield made
-            async for _, given in running:
-                events = writer.feed(given, time.time())
-                if isinstance(given, Finished):
-                    self.service.account(request, given.reason, given.usage.cached)
-                    if writer.response["store"]:
-                        stored = Stored(writer.response, items)
-                        await asyncio.to_thread(self.store.put, stored)
-                for made in events:
-                    yield made
-        finally:
-            running.close()
-
-    async def _start(
-        self, request: Request, running: Running, writer: Writer, items: Sequence[Json]
-    ) -> Background:
-        """Begins a response in the background; it is stored when this returns."""
-        made = Background(writer)
-        made.publish(writer.start())
-        await asyncio.to_thread(self.store.put, Stored(writer.response, items))
-        self.background[writer.response["id"]] = made
-        made.task = asyncio.create_task(self._make(request, running, made, items))
-        await asyncio.sleep(0)  # a task that is cancelled before its first step would do nothing
-        return made
-
-    async def _make(
-        self, request: Request, running: Running, made: Background, items: Sequence[Json]
-    ) -> None:
-        """Runs a background response to its end, whatever that is, and stores it."""
-        writer, last = made.writer, []
-        self.service.running += 1  # the server's end waits for it
-        try:
-            try:
-                async for _, given in running:
-                    last = writer.feed(given, time.time())
-                    if isinstance(given, Finished):
-                        self.service.account(request, given.reason, given.usage.cached)
-                    else:
-                        made.publish(last)
-            except asyncio.CancelledError:
-                closing = {"error": failure(INTERRUPTED)}
-                last = writer.end("failed", **closing) if self.closing else writer.end("cancelled")
-            except Exception as error:
-                told = of_exception(error)
-                if told.status_code == 500:
-                    report(error, self.service.record(request))
-                message = INTERRUPTED if isinstance(error, Closing) else told.message
-                last = writer.end("failed", error=failure(message))
-            made.ending = True
-            if not made.dropped:
-                stored = Stored(writer.response, items, [*made.events, *last])
-                await asyncio.to_thread(self.store.put, stored)
-        finally:
-            running.close()
-            self.service.running -= 1
-            self.background.pop(writer.response["id"], None)
-            made.publish(last, over=True)
-
-    async def find(self, id: str) -> Stored:
-        """The response as it is now; ApiError 404 if there is none."""
-        try:
-            stored = await asyncio.to_thread(self.store.get, id)
-        except NotStored:
-            raise ApiError(
-                404,
-                f"there is no response {id[:100]!r}: it was not stored, or is gone",
-                "response_id",
-                "response_not_found",
-            ) from None
-        made = self.background.get(id)
-        if made is None:
-            return stored
-        if made.writer.response["status"] in OVER and made.task is not None:
-            # what is told must be stored
-            await asyncio.wait([made.task])
-            return await self.find(id)
-        return dataclasses.replace(stored, response=made.writer.response)
-
-    async def replay(self, id: str, after: int) -> AsyncGenerator[Json]:
-        """The events of a background response after a sequence number, to the last."""
-        made = self.background.get(id)
-        if made is not None:
-            return made.follow(after)
-        stored = await self.find(id)
-        response, events = stored.response, stored.events
-        if events is None:
-            if not response["background"]:
-                raise bad("only responses made in the background can be streamed again", "stream")
-            # interrupted by the server's end: what was streamed before is lost
-            kind = f"response.{response['status']}"
-            events = [{"type": kind, "sequence_number": after + 1, "response": response}]
-        return _each([event for event in events if event["sequence_number"] > after])
-
-    async def cancel(self, id: str) -> Json:
-        """The response after it was cancelled, or as it had ended."""
-        stored = await self.find(id)
-        if not stored.response["background"]:
-            raise bad(
-                "only responses made in the background can be cancelled: close the connection of "
-                "others",
-                "response_id",
-            )
-        made = self.background.get(id)
-        if made is not None:
-            await made.cancel()
-            return made.writer.response
-        return (await self.find(id)).response
-
-    async def delete(self, id: str) -> None:
-        """Forgets a response; ApiError 404 if there is none."""
-        await self.find(id)
-        made = self.background.get(id)
-        if made is not None:
-            made.dropped = True
-            await made.cancel()
-        await asyncio.to_thread(self.store.delete, id)
-
-
-async def _each(events: Sequence[Json]) -> AsyncGenerator[Json]:
-    for made in events:
-        yield made
-
-
-def _line(given: Json) -> bytes:
-    return event(given, given["type"])
-
-
-def _error(error: ApiError) -> bytes:
-    """How a stream ends that cannot go on and has no response to tell of it."""
-    told = error.body()["error"]
-    body = {"type": "error", "sequence_number": 0, "message": told["message"], "param": None}
-    return _line({**body, "code": told["code"]})
-
-
-async def _lines(events: AsyncGenerator[Json], obfuscate: bool) -> AsyncGenerator[bytes]:
-    """Events as bytes; obfuscated deltas are filled up, so that their lengths tell less."""
-    async with contextlib.aclosing(events):
-        async for made in events:
-            if obfuscate and made["type"].endswith(".delta"):
-                missing = -len(made["delta"].encode("utf-8", "replace")) % 16
-                made = {**made, "obfuscation": secrets.token_hex(8)[:missing]}
-            yield _line(made)
 
 
 def _with_sealed(response: Json, include: Sequence[str]) -> Json:

@@ -113,6 +113,13 @@ class DeletedShape(Shape):
     deleted: Literal[True]
 
 
+class InputTokensShape(Shape):
+    """How many tokens a prompt has."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class FailureShape(Shape):
     """Why a response failed."""
 
