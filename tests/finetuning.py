@@ -15,8 +15,7 @@ from gptoss_jax.lora import LoraConfig
 from gptoss_jax.tokenizer import KEPT_FILE, write_kept
 from gptoss_jax.train.settings import OptimizerSettings, Settings
 
-CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=2, layer_types=tiny.CONFIG.layer_types[:2])
-QUICK = {"xla_backend_optimization_level": "0"}  # compiles in half the time
+CONFIG = tiny.SMALL
 LORA = LoraConfig(rank=3, alpha=5.0, expert_rank=2)
 SETTINGS = Settings(
     lora=LORA,
@@ -25,6 +24,7 @@ SETTINGS = Settings(
     batch_size=2,
     accumulate=1,
     length=32,
+    remat=False,
     save_every=2,
     eval_every=2,
 )

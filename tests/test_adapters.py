@@ -18,7 +18,7 @@ from gptoss_jax.sampling import Sampling
 
 CONFIG = tiny.CONFIG
 SQUARE = dataclasses.replace(CONFIG, intermediate_size=CONFIG.hidden_size)
-SMALL = dataclasses.replace(CONFIG, num_layers=2, layer_types=CONFIG.layer_types[:2])
+SMALL = tiny.SMALL
 BOTH = LoraConfig(rank=4, alpha=6.0)
 GREEDY = Sampling(temperature=0)
 
@@ -340,8 +340,9 @@ def test_a_batch_of_adapters_generates_what_each_does_alone_without_recompiling(
     assert len({tuple(c.tokens) for c in (run(n)[0] for n in (None, *THREE))}) > 1
     after = steps.prefill._cache_size(), steps.decode._cache_size(), steps.start._cache_size()
     assert after == before
-    several = ours.generate(PROMPTS[3], dataclasses.replace(sampling, n=2), 12, adapter="two")
-    assert [c.tokens for c in several] == [mixed[3].tokens] * 2
+    several = ours.generate(PROMPTS[3], dataclasses.replace(sampling, n=4), 12, adapter="two")
+    assert [c.tokens for c in several] == [mixed[3].tokens] * 4
+    assert steps.decode._cache_size() == before[1]
 
 
 def test_on_a_mesh(served):

@@ -28,7 +28,7 @@ from gptoss_jax.train.settings import OptimizerSettings
 def programs():
     """Programs that compile quickly, for all tests here."""
     compiled = loop.Compiled
-    loop.Compiled = functools.partial(compiled, compiler_options=finetuning.QUICK)
+    loop.Compiled = functools.partial(compiled, compiler_options=tiny.QUICK)
     yield
     loop.Compiled = compiled
 
@@ -70,7 +70,7 @@ def test_every_length_of_rows_is_compiled_once(tmp_path, caplog):
 def test_every_trained_array_changes_and_the_base_does_not(tmp_path):
     params = tiny.params(finetuning.CONFIG)
     before = jax.tree.map(lambda x: np.array(x), params)
-    result = train(tmp_path / "run", steps=3)
+    result = train(tmp_path / "run", steps=3, remat=True)
     start = lora.init(finetuning.CONFIG, finetuning.LORA, jax.random.key(0))
     for (path, x), y in zip(
         jax.tree_util.tree_flatten_with_path(result.trained)[0], jax.tree.leaves(start), strict=True

@@ -89,9 +89,9 @@ def test_adamw_is_the_papers():
 @pytest.fixture(scope="module")
 def step():
     """Updates of 3 micro-batches of one row, and of one micro-batch of 3 rows."""
-    settings = finetuning.settings(router_loss=0.0, remat=False)
+    settings = finetuning.settings(router_loss=0.0)
     return settings, jax.jit(
-        make_step(CONFIG, settings, 6, jnp.float32), compiler_options=finetuning.QUICK
+        make_step(CONFIG, settings, 6, jnp.float32), compiler_options=tiny.QUICK
     )
 
 
@@ -184,7 +184,7 @@ def test_packed_samples_learn_as_if_each_were_alone():
     def loss(tree, batch):
         return objective(tree, params, batch, config=CONFIG, lora=LORA, remat=False)
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=finetuning.QUICK)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=tiny.QUICK)
     (one, sums), gradient = run(adapter(), packed)
     (want, their), expected = run(adapter(), alone)
     assert float(one) == pytest.approx(float(want), rel=1e-5)

@@ -3,6 +3,7 @@ dequantised ones, on one device and on meshes; targets, ranks, refusals.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,19 @@ from gptoss_jax.errors import GptOssError
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.mxfp4 import MxTensor
 
-CONFIG = tiny.CONFIG
+CONFIG, SMALL = tiny.CONFIG, tiny.SMALL  # shapes; what is computed
 ALL = LoraConfig(rank=5, alpha=7.0, targets=("all",), expert_rank=3)
 # Axes of W, from those of a and b: the released orientation (outputs first).
 PRODUCTS = {
     "q": "NHR,RD->NHD", "k": "KHR,RD->KHD", "v": "KHR,RD->KHD", "o": "DR,RNH->DNH",
     "gate_up": "EFPR,ERD->EFPD", "down": "EDR,ERF->EDF", "embedding": "DR,RV->VD", "unembedding": "VR,RD->VD",
 }  # fmt: skip
+TOKENS = np.random.default_rng(3).integers(0, SMALL.vocab_size, (2, 40)).astype(np.int32)
 
 
 def trained(config=ALL, seed=1):
     """An adapter whose b is not zero."""
-    adapter = lora.init(CONFIG, config, jax.random.key(seed))
+    adapter = lora.init(SMALL, config, jax.random.key(seed))
     generator = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: x if x.any() else jnp.asarray(0.05 * generator.normal(size=x.shape), jnp.float32),
@@ -56,7 +58,7 @@ def merged(params, adapter, scale):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return jnp.asarray(np.random.default_rng(3).integers(0, CONFIG.vocab_size, (2, 40)), jnp.int32)
+    return jnp.asarray(TOKENS)
 
 
 def test_every_axis_of_an_adapter_is_where_its_letters_say():
@@ -73,11 +75,11 @@ def test_every_axis_of_an_adapter_is_where_its_letters_say():
 
 
 def test_a_new_adapter_changes_no_logit_by_a_bit(tokens):
-    adapter = lora.init(CONFIG, ALL, jax.random.key(0))
+    adapter = lora.init(SMALL, ALL, jax.random.key(0))
     for packed in (True, False):
-        params = tiny.params(packed=packed)
-        plain, _ = model.forward(params, tokens, config=CONFIG)
-        ours, _ = model.forward(params, tokens, config=CONFIG, added=lora.additions(adapter, ALL))
+        params = tiny.params(SMALL, packed)
+        plain, _ = model.forward(params, tokens, config=SMALL)
+        ours, _ = model.forward(params, tokens, config=SMALL, added=lora.additions(adapter, ALL))
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(plain))
 
 
@@ -86,57 +88,61 @@ def test_a_new_adapter_changes_no_logit_by_a_bit(tokens):
 )
 def test_additions_equal_merged_weights(tokens, target):
     config = dataclasses.replace(ALL, targets=(target,))
-    adapter, params = trained(config), tiny.params()
-    ours, _ = model.forward(params, tokens, config=CONFIG, added=lora.additions(adapter, config))
-    want, _ = model.forward(merged(params, adapter, config.scale), tokens, config=CONFIG)
-    plain, _ = model.forward(params, tokens, config=CONFIG)
+    adapter, params = trained(config), tiny.params(SMALL)
+    ours, _ = model.forward(params, tokens, config=SMALL, added=lora.additions(adapter, config))
+    want, _ = model.forward(merged(params, adapter, config.scale), tokens, config=SMALL)
+    plain, _ = model.forward(params, tokens, config=SMALL)
     assert float(jnp.abs(want - plain).max()) > 1e-2
     np.testing.assert_allclose(np.asarray(ours), np.asarray(want), atol=2e-5)
 
 
 def test_decoding_with_an_adapter_equals_the_whole_sequence(tokens):
-    adapter, params = lora.additions(trained(), ALL), tiny.params()
-    want, _ = model.forward(params, tokens, config=CONFIG, added=adapter)
-    cache = make_cache(CONFIG, 2, 64, jnp.float32)
-    logits, cache = model.forward(params, tokens[:, :37], cache, config=CONFIG, added=adapter)
+    adapter, params = lora.additions(trained(), ALL), tiny.params(SMALL)
+    want, _ = model.forward(params, tokens, config=SMALL, added=adapter)
+    cache = make_cache(SMALL, 2, 64, jnp.float32)
+    logits, cache = model.forward(params, tokens[:, :37], cache, config=SMALL, added=adapter)
     for t in range(37, 40):
         logits, cache = model.forward(
-            params, tokens[:, t : t + 1], cache, config=CONFIG, added=adapter
+            params, tokens[:, t : t + 1], cache, config=SMALL, added=adapter
         )
         np.testing.assert_allclose(np.asarray(logits[:, 0]), np.asarray(want[:, t]), atol=2e-5)
 
 
 def loss_of(config, tokens):
     weights = jnp.asarray(
-        np.random.default_rng(5).normal(size=(*tokens.shape, CONFIG.vocab_size)), jnp.float32
+        np.random.default_rng(5).normal(size=(*tokens.shape, SMALL.vocab_size)), jnp.float32
     )
 
     def loss(params, adapter, remat):
         added = lora.additions(adapter, config)
-        x, _, _ = model.hidden(params, tokens, config=CONFIG, added=added, remat=remat)
+        x, _, _ = model.hidden(params, tokens, config=SMALL, added=added, remat=remat)
         return (weights * model.unembed(params, x, added)).mean() * 100
 
     return loss
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("length", [3, 40])  # few pairs: one by one; many: grouped
-def test_gradients_through_packed_weights_are_those_through_dequantised_merged_ones(
-    tokens, length, remat
-):
-    """d/da and d/db from d/dW of the merged weight: dL/db = s dW a, dL/da = s b dW."""
-    tokens = tokens[:, :length]
-    adapter, params = trained(), tiny.params()
-    loss = loss_of(ALL, tokens)
-    ours = jax.jit(jax.grad(loss, argnums=1), static_argnums=2)(params, adapter, remat)
+@functools.lru_cache
+def through_merged(length):
+    """Gradients of an adapter from autodiff through dequantised weights that it was added to."""
+    params, ids = tiny.params(SMALL), jnp.asarray(TOKENS[:, :length])
 
-    def through_merged(adapter):
-        x, _, _ = model.hidden(merged(params, adapter, ALL.scale), tokens, config=CONFIG)
-        logits = model.unembed(merged(params, adapter, ALL.scale), x)
+    def loss(adapter):
+        whole = merged(params, adapter, ALL.scale)
+        x, _, _ = model.hidden(whole, ids, config=SMALL)
+        logits = model.unembed(whole, x)
         weights = jnp.asarray(np.random.default_rng(5).normal(size=logits.shape), jnp.float32)
         return (weights * logits).mean() * 100
 
-    want = jax.jit(jax.grad(through_merged))(adapter)
+    return jax.jit(jax.grad(loss), compiler_options=tiny.QUICK)(trained())
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("length", [3, 40])  # few pairs: one by one; many: grouped
+def test_gradients_through_packed_weights_are_those_through_dequantised_merged_ones(length, remat):
+    """d/da and d/db from d/dW of the merged weight: dL/db = s dW a, dL/da = s b dW."""
+    loss = loss_of(ALL, jnp.asarray(TOKENS[:, :length]))
+    gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=2, compiler_options=tiny.QUICK)
+    ours, want = gradient(tiny.params(SMALL), trained(), remat), through_merged(length)
     for (path, g), w in zip(
         jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(want), strict=True
     ):
@@ -147,31 +153,37 @@ def test_gradients_through_packed_weights_are_those_through_dequantised_merged_o
         )
 
 
+MOST = dataclasses.replace(ALL, targets=("attention", "experts"))
+EIGHT = np.concatenate([TOKENS] * 4)
+
+
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
+@functools.partial(jax.value_and_grad, argnums=1)
+def squares(params, adapter, tokens):
+    added = lora.additions(adapter, MOST)
+    logits, _ = model.apply(params, tokens, config=SMALL, added=added)
+    return (logits**2).mean()
+
+
+@functools.lru_cache
+def of_one_device():
+    """squares and their gradient."""
+    found, gradients = squares(tiny.params(SMALL), trained(MOST), jnp.asarray(EIGHT))
+    return float(found), jax.tree.map(np.asarray, gradients)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"expert": 4, "data": 2}, {"fsdp": 2, "expert": 2, "data": 2}, {"expert": 2, "fsdp": 4}],
 )
-def test_logits_and_gradients_on_a_mesh_are_those_of_one_device(tokens, sizes):
-    tokens = jnp.concatenate([tokens] * 4)
-    params, adapter = (
-        tiny.params(),
-        trained(dataclasses.replace(ALL, targets=("attention", "experts"))),
-    )
-    config = dataclasses.replace(ALL, targets=("attention", "experts"))
-
-    def loss(params, adapter, tokens):
-        added = lora.additions(adapter, config)
-        logits, _ = model.apply(params, tokens, config=CONFIG, added=added)
-        return (logits**2).mean()
-
-    run = jax.jit(jax.value_and_grad(loss, argnums=1))
-    want, gradients = run(params, adapter, tokens)
-    mesh = sharding.make_mesh(sizes, CONFIG)
-    put = jax.device_put(params, sharding.parameter_shardings(model.letters(CONFIG), params, mesh))
-    spread = jax.device_put(adapter, lora.shardings(CONFIG, config, mesh))
+def test_logits_and_gradients_on_a_mesh_are_those_of_one_device(sizes):
+    params, (want, gradients) = tiny.params(SMALL), of_one_device()
+    mesh = sharding.make_mesh(sizes, SMALL)
+    put = jax.device_put(params, sharding.parameter_shardings(model.letters(SMALL), params, mesh))
+    spread = jax.device_put(trained(MOST), lora.shardings(SMALL, MOST, mesh))
     with jax.set_mesh(mesh):
-        found, ours = run(put, spread, sharding.put(np.asarray(tokens), "BT", mesh))
-    np.testing.assert_allclose(float(found), float(want), rtol=1e-5)
+        found, ours = squares(put, spread, sharding.put(EIGHT, "BT", mesh))
+    np.testing.assert_allclose(float(found), want, rtol=1e-5)
     for g, w in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(
             np.asarray(g), np.asarray(w), atol=2e-5 * float(jnp.abs(w).max()) + 1e-12
@@ -180,9 +192,9 @@ def test_logits_and_gradients_on_a_mesh_are_those_of_one_device(tokens, sizes):
 
 def test_rows_with_other_gains_use_other_parts_of_the_rank(tokens):
     """Two adapters stacked along R, each row with its own: what serving several at once does."""
-    config = dataclasses.replace(ALL, targets=("attention", "experts"))
+    config = MOST
     first, second = (trained(config, seed) for seed in (1, 2))
-    params = tiny.params()
+    params = tiny.params(SMALL)
 
     def both(a, b):
         def one(path, x, y):
@@ -201,11 +213,9 @@ def test_rows_with_other_gains_use_other_parts_of_the_rank(tokens):
         return lora.LowRank(pair["a"], pair["b"], jnp.asarray(table))
 
     stacked = lora.each_pair(gains, both(first, second))
-    ours, _ = model.forward(params, tokens, config=CONFIG, added=stacked)
+    ours, _ = model.forward(params, tokens, config=SMALL, added=stacked)
     for row, adapter in enumerate((first, second)):
-        want, _ = model.forward(
-            params, tokens, config=CONFIG, added=lora.additions(adapter, config)
-        )
+        want, _ = model.forward(params, tokens, config=SMALL, added=lora.additions(adapter, config))
         np.testing.assert_allclose(np.asarray(ours[row]), np.asarray(want[row]), atol=2e-5)
 
 

@@ -107,10 +107,13 @@ def loss(params, tokens):
     return -chosen.mean()
 
 
+gradient = jax.jit(jax.grad(loss), compiler_options=tiny.QUICK)
+
+
 @functools.lru_cache
 def expected_gradients():
     plain = tiny.params(CONFIG, packed=False)
-    return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(plain, jnp.asarray(TOKENS)))
+    return jax.tree.map(np.asarray, gradient(plain, jnp.asarray(TOKENS)))
 
 
 @pytest.mark.parametrize("text", ["fsdp=8", "expert=8"])
@@ -118,7 +121,7 @@ def test_gradients_of_a_mesh_are_those_of_one_device(text):
     mesh = mesh_of(text)
     params = placed(tiny.params(CONFIG, packed=False), mesh)
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.grad(loss))(params, sharding.put(TOKENS, "BT", mesh))
+        found = gradient(params, sharding.put(TOKENS, "BT", mesh))
     for keys, wanted in jax.tree_util.tree_leaves_with_path(expected_gradients()):
         leaf = functools.reduce(lambda node, key: node[key.key], keys, found)
         spread = float(np.abs(wanted).max())

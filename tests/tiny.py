@@ -32,6 +32,9 @@ CONFIG = GptOssConfig(
     eos_token_ids=(330,),
     pad_token_id=329,
 )
+# One layer of each kind, where more would only compile longer.
+SMALL = dataclasses.replace(CONFIG, num_layers=2, layer_types=CONFIG.layer_types[:2])
+QUICK = {"xla_backend_optimization_level": "0"}  # compiles in half the time
 
 
 @functools.lru_cache
