@@ -26,7 +26,6 @@ def model():
 @pytest.fixture(scope="module")
 def address(model):
     engine = Engine(model, EngineSettings(slots=8))
-    engine.warm_up()
     with served(create_app(engine, ServerSettings(date=DATE))) as address:
         yield address
     engine.close(drain=0)
@@ -92,12 +91,18 @@ def test_structured_answers_hold_at_any_temperature(api):
 
 
 def test_the_same_prompt_again_is_cached(api):
-    def ask():
-        return api.chat.completions.create(model="gpt-oss-tiny", messages=QUESTION, max_tokens=2)
+    rules = {"role": "system", "content": "Be kind. " * 100}
 
-    ask()
-    cached = ask().usage.prompt_tokens_details.cached_tokens
-    assert cached >= 0  # how much is the engine's business
+    def ask():
+        answer = api.chat.completions.create(
+            model="gpt-oss-tiny", messages=[rules, *QUESTION], max_tokens=2
+        )
+        return answer.usage
+
+    first, second = ask(), ask()
+    assert first.prompt_tokens == second.prompt_tokens > 256
+    assert first.prompt_tokens_details.cached_tokens < second.prompt_tokens_details.cached_tokens
+    assert second.prompt_tokens_details.cached_tokens >= 128
 
 
 def test_ten_seconds_of_load(address):

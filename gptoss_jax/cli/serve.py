@@ -43,6 +43,10 @@ class Arguments:
     """Completions that are generated at once."""
     queue: int = 256
     """Requests that may wait; more are refused with 429."""
+    pages: int | None = None
+    """Pages of the prefix cache, 0 for none; by default a quarter of what the slots take."""
+    drafts: int = 0
+    """Tokens to guess ahead from what was written before: the same answers, some of them sooner."""
     api_key_file: Path | None = None
     """File with API keys, one a line."""
     no_auth: bool = False
@@ -111,7 +115,8 @@ def _engine(arguments: Arguments) -> Any:
         name = Path(model.name).resolve().name
     model = dataclasses.replace(model, name=name or model.name)
     with working("compiling"):
-        engine = Engine(model, EngineSettings(slots=arguments.slots, max_queue=arguments.queue))
+        sizes = {"slots": arguments.slots, "max_queue": arguments.queue, "pages": arguments.pages}
+        engine = Engine(model, EngineSettings(**sizes, drafts=arguments.drafts))
         engine.warm_up()
         harmony()
     return engine

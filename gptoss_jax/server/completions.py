@@ -42,7 +42,6 @@ class CompletionBody(SamplingBody):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     best_of: Literal[1] | None = None
-    suffix: None = None
 
 
 def router(service: Service) -> APIRouter:
