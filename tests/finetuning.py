@@ -70,9 +70,9 @@ def batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def save(folder) -> None:
+def save(folder, config=CONFIG) -> None:
     """The model as a checkpoint, for commands."""
-    checkpoint.save_params(folder, CONFIG, tiny.params(CONFIG))
+    checkpoint.save_params(folder, config, tiny.params(config))
     write_kept(folder / KEPT_FILE, tiny.tokenizer().kept)
 
 

@@ -2,6 +2,7 @@
 the same bytes.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -12,17 +13,20 @@ import time
 
 import finetuning
 import pytest
+import tiny
 
 from gptoss_jax.train.checkpoints import Checkpoints
 
 STEPS = 40
+# One layer: every process here compiles or loads its programs anew.
+CONFIG = dataclasses.replace(tiny.SMALL, num_layers=1, layer_types=tiny.SMALL.layer_types[:1])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model, data, and the result of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("finetune")
-    finetuning.save(folder / "model")
+    finetuning.save(folder / "model", CONFIG)
     lines = [json.dumps(row) + "\n" for row in finetuning.texts(12)]
     (folder / "data.jsonl").write_text("".join(lines))
     options = {
@@ -84,7 +88,8 @@ def whole_checkpoints(folder, run) -> list[int]:
     """Steps of the checkpoints that are there, each of which is read."""
     from gptoss_jax.train import trainable
 
-    base = trainable.prepare(finetuning.model(), finetuning.settings())
+    model = finetuning.model(config=CONFIG, params=tiny.params(CONFIG))
+    base = trainable.prepare(model, finetuning.SETTINGS)
     checkpoints = Checkpoints(folder / run / "checkpoints", 3)
     steps = checkpoints.steps
     for step in steps:
