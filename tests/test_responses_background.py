@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from responding import (
 from serving import DATE, HELLO, A, E, F, R, S, app_of, served, until
 
 from gptoss_jax.server.settings import ServerSettings
+from gptoss_jax.server.store import Store
 
 
 @pytest.fixture
@@ -147,6 +149,40 @@ def test_failure(client):
     assert ask(api)["status"] == "completed"
 
 
+def test_what_cannot_be_stored_is_not_acknowledged(client, monkeypatch):
+    api, engine = client(HELLO, repeat=True)
+    put, failing = Store.put, []
+
+    def fails(store, stored):
+        if stored.response["status"] in failing:
+            raise sqlite3.OperationalError("database or disk is full")
+        put(store, stored)
+
+    monkeypatch.setattr(Store, "put", fails)
+    failing[:] = ["completed"]
+    with pytest.raises(openai.InternalServerError):
+        ask(api)
+    events = stream(api)
+    assert kinds(events)[-1] == "failed"
+    assert "completed" not in kinds(events)
+    assert ask(api, store=False)["status"] == "completed"
+    begun = ask(api, background=True)
+    events = replay(api, begun["id"])
+    assert "completed" not in kinds(events)
+    found = api.responses.retrieve(begun["id"])
+    assert (found.status, found.error.code) == ("failed", "server_error")
+    assert events[-1]["response"]["error"] == found.error.to_dict()
+    api.responses.delete(begun["id"])
+    with pytest.raises(openai.NotFoundError):
+        api.responses.retrieve(begun["id"])
+    failing[:] = ["queued"]
+    with pytest.raises(openai.InternalServerError):
+        ask(api, background=True)
+    until(lambda: not engine.running)
+    failing.clear()
+    assert ask(api)["status"] == "completed"
+
+
 def test_a_full_queue(client):
     api, engine = client(HELLO, repeat=True, capacity=0)
     for more in ({}, {"stream": True}, {"background": True}):
@@ -189,6 +225,7 @@ from fakes import ScriptedEngine
 from serving import HELLO
 from gptoss_jax.server.app import create_app
 from gptoss_jax.server.settings import ServerSettings
+from gptoss_jax.server.store import Store
 engine = ScriptedEngine(HELLO, repeat=True, delay=0.001)
 app = create_app(engine, ServerSettings(store=sys.argv[2]))
 server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))

@@ -15,6 +15,7 @@ An item that is cut ends like the others, with status incomplete. A cancelled re
 response.incomplete and status cancelled. Refuses to know where events go.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from gptoss_jax.server.chat_completions import logprob_dict
@@ -91,6 +92,10 @@ class Writer:
         self._set(status=status, **fields)
         kind = "incomplete" if status == "cancelled" else status
         return [*out, self._event(f"response.{kind}", response=self.response)]
+
+    def retract(self, events: Sequence[Json]) -> None:
+        """The last events are told to nobody: others come in their place."""
+        self._sequence = events[0]["sequence_number"]
 
     def _set(self, **fields: Any) -> None:
         self.response = {**self.response, **fields}

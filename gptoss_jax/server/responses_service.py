@@ -30,6 +30,7 @@ from gptoss_jax.server.store import RUNNING, NotStored, Store, Stored
 
 Json = dict[str, Any]
 INTERRUPTED = "the server ended before the response was complete: ask again"
+UNSTORED = "the response could not be stored: ask again"
 
 
 class Responses:
@@ -159,12 +160,19 @@ class Responses:
                 if isinstance(given, Finished):
                     self.service.account(request, given.reason, given.usage.cached)
                     if writer.response["store"]:
-                        stored = Stored(writer.response, items)
-                        await asyncio.to_thread(self.store.put, stored)
+                        await self._keep(Stored(writer.response, items), writer, events)
                 for made in events:
                     yield made
         finally:
             running.close()
+
+    async def _keep(self, stored: Stored, writer: Writer, last: Sequence[Json]) -> None:
+        """Stores a response before its last events are told; if it cannot be, they never are."""
+        try:
+            await asyncio.to_thread(self.store.put, stored)
+        except Exception:  # a full disk
+            writer.retract(last)
+            raise
 
     async def _start(
         self, request: Request, running: Running, writer: Writer, items: Sequence[Json]
@@ -204,11 +212,16 @@ class Responses:
             made.ending = True
             if not made.dropped:
                 stored = Stored(writer.response, items, [*made.events, *last])
-                await asyncio.to_thread(self.store.put, stored)
+                try:
+                    await self._keep(stored, writer, last)
+                except Exception as error:
+                    report(error, self.service.record(request))
+                    last = writer.end("failed", error=failure(UNSTORED))
+                    return
+            self.background.pop(writer.response["id"], None)
         finally:
             running.close()
             self.service.running -= 1
-            self.background.pop(writer.response["id"], None)
             made.publish(last, over=True)
 
     async def find(self, id: str) -> Stored:
@@ -225,9 +238,10 @@ class Responses:
         made = self.background.get(id)
         if made is None:
             return stored
-        if made.writer.response["status"] in OVER and made.task is not None:
+        task = made.task
+        if made.writer.response["status"] in OVER and task is not None and not task.done():
             # what is told must be stored
-            await asyncio.wait([made.task])
+            await asyncio.wait([task])
             return await self.find(id)
         return dataclasses.replace(stored, response=made.writer.response)
 
@@ -268,6 +282,7 @@ class Responses:
         if made is not None:
             made.dropped = True
             await made.cancel()
+            self.background.pop(id, None)
         await asyncio.to_thread(self.store.delete, id)
 
 
