@@ -41,6 +41,7 @@ WALLS = {
     "llguidance": {"chat"},
     "huggingface_hub": {"hub"},
     "fastapi": {"server"},
+    "ray": {"server"},
     "optax": {"train"},
     "grain": {"train"},
     "rich": {"cli", "convert", "train", "bench", "plan", "server"},

@@ -88,18 +88,19 @@ def read_lines(path: Path) -> tuple[list[Line], str]:
 def _read(number: int, row: bytes) -> Line:
     try:
         text = row.decode()
-        json.loads(text)
     except UnicodeDecodeError:
         raise GptOssError(f"not UTF-8: {EXPECTED} in UTF-8") from None
+    try:
+        json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
-        raise GptOssError(f"not JSON ({reason}): {_short(row.decode())}: {EXPECTED}") from None
+        raise GptOssError(f"not JSON ({reason}): {_cut(text)}: {EXPECTED}") from None
     try:
         found = read_json(row)
     except ApiError as error:  # repeated keys, NaN
         raise GptOssError(error.message.replace("the body holds", "it holds")) from None
     if not isinstance(found, dict):
-        raise GptOssError(f"found {_short(text)}: {EXPECTED}")
+        raise GptOssError(f"found {_short(found)}: {EXPECTED}")
     for key in found:
         if key not in KEYS:
             raise GptOssError(f"unknown key {_short(key)}: {EXPECTED}")
@@ -122,5 +123,8 @@ def _read(number: int, row: bytes) -> Line:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.startswith(("{", "[")) else json.dumps(value)
+    return _cut(json.dumps(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,6 +4,7 @@ Ray Data starts the actors, hands out the shards, and hands a shard out again wh
 a shard's answers come as a whole or not at all. Knows Ray; refuses to know files.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -19,7 +20,7 @@ from gptoss_jax.errors import GptOssError
 from gptoss_jax.server.batch_requests import Asked, Requests, settings_of, start_engine
 
 MEMORY = 512 * 2**20  # of a cluster of our own: text needs little
-RETRIES = 8  # a shard that ends so many actors is to blame itself
+ATTEMPTS = 8  # a shard that has ended so many actors is to blame itself
 SIDE_BY_SIDE = 2  # shards of one actor, so that the end of one leaves no slots idle
 
 
@@ -60,14 +61,31 @@ Identify = Callable[[Path], str]
 """The fingerprint of a checkpoint's folder."""
 
 
+class Attempts:
+    """Counts how often each shard was begun, as an actor of its own, which outlives the others."""
+
+    def __init__(self):
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def begin(self, first: str) -> int:
+        """One more attempt of the shard whose first request is `first`."""
+        self.counts[first] += 1
+        return self.counts[first]
+
+
 class Answerer:
     """One actor: loads once, then answers shards, two side by side.
 
-    A model that cannot be loaded is told in the answers, not raised: Ray would try again.
+    What no new attempt would mend is told in the answers, not raised: Ray would try again.
+
+    Args:
+      loading: What to load.
+      identify: Gives the fingerprint of a checkpoint's folder.
+      attempts: Handle of the Attempts.
     """
 
-    def __init__(self, loading: Loading, identify: Identify):
-        self.refusal, self.dtype = "", ""
+    def __init__(self, loading: Loading, identify: Identify, attempts: Any):
+        self.refusal, self.dtype, self.attempts = "", "", attempts
         try:
             self._load(loading, identify)
         except GptOssError as error:
@@ -101,13 +119,21 @@ class Answerer:
     def __call__(self, shard: Any) -> Any:
         """A table of requests -> a table of answers."""
         import pyarrow
+        import ray
 
-        if self.refusal:
-            return pyarrow.table({"row": [""], "dtype": [""], "refusal": [self.refusal]})
         asked = [
             Asked(name, url, body.encode())
             for name, url, body in map(json.loads, shard["line"].to_pylist())
         ]
+        first, refusal = asked[0].custom_id, self.refusal
+        attempt: Any = ray.get(self.attempts.begin.remote(first))
+        if not refusal and attempt > ATTEMPTS:
+            refusal = (
+                f"actors have ended {ATTEMPTS} times while {len(asked)} requests from {first!r} on "
+                "were at work: look at their memory and at Ray's logs; what is answered is kept"
+            )
+        if refusal:
+            return pyarrow.table({"row": [""], "dtype": [""], "refusal": [refusal]})
         rows = [json.dumps(row) for rows in self.requests.answers(asked) for row in rows]
         same = {"dtype": [self.dtype] * len(rows), "refusal": [""] * len(rows)}
         return pyarrow.table({"row": rows, **same})
@@ -155,9 +181,9 @@ def resources_of(text: str | None) -> dict[str, float]:
     """What one actor takes of the cluster, from text such as "GPU=1,CPU=4"; by default one GPU, or
     all TPU chips of a host, or one CPU, whichever the cluster has first.
     """
-    import ray
-
     if text is None:
+        import ray
+
         found = ray.cluster_resources()
         chips = [node["Resources"].get("TPU", 0) for node in ray.nodes() if node["Alive"]]
         if found.get("GPU"):
@@ -236,14 +262,13 @@ def answers(
         max_concurrent_calls_per_actor=SIDE_BY_SIDE,
         enable_true_multi_threading=True,
     )
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     found = ray.data.from_arrow(shards).map_batches(
         Answerer,
-        fn_constructor_args=(loading, identify),
+        fn_constructor_args=(loading, identify, attempts),
         compute=strategy,
         batch_size=None,
         batch_format="pyarrow",
-        max_restarts=-1,
-        max_task_retries=RETRIES,
         **_options(resources),
     )
     with _told():

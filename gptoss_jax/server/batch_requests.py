@@ -71,10 +71,7 @@ class Requests:
         self._free = asyncio.Semaphore(at_once)
         self._ready: Future[None] = Future()
         self._over: asyncio.Event | None = None
-        self._thread = threading.Thread(
-            target=lambda: self._loop.run_until_complete(self._live()), name="gptoss-batch"
-        )
-        self._thread.daemon = True
+        self._thread = threading.Thread(target=self._run, name="gptoss-batch", daemon=True)
         self._thread.start()
         self._ready.result()
 
@@ -103,6 +100,10 @@ class Requests:
         if over is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(over.set)
             self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._live())
 
     async def _live(self) -> None:
         try:
