@@ -88,6 +88,10 @@ def run(arguments: Arguments) -> int:
         store=None if arguments.store is None else str(arguments.store),
         log=arguments.log,
     )
+    if settings.store is not None:
+        from gptoss_jax.server.store import Store
+
+        Store(settings.store).close()  # a mistake is told before the model is loaded
     engine = _engine(arguments)
     try:
         return _serve(engine, settings, arguments)
