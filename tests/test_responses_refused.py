@@ -79,3 +79,13 @@ def test_null_is_absent(one_server):
     names = ["instructions", "previous_response_id", "store", "background", "stream", "stream_options", "include", "reasoning", "text", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "temperature", "top_p", "top_logprobs", "truncation", "metadata", "user", "service_tier", "conversation", "prompt", "moderation", "context_management", "seed"]  # fmt: skip
     body = {"model": "scripted", "input": "hi", **dict.fromkeys(names)}
     assert api.post("/responses", cast_to=object, body=body)["status"] == "completed"
+    part = {"type": "output_text", "text": "yes", "logprobs": None, "prompt_cache_breakpoint": None}
+    item = {
+        "type": "message",
+        "role": "assistant",
+        "content": [part],
+        "id": None,
+        "created_by": None,
+    }
+    body = {"model": "scripted", "input": [item, MESSAGE_ITEM]}
+    assert api.post("/responses", cast_to=object, body=body)["status"] == "completed"

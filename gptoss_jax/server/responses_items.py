@@ -50,7 +50,7 @@ def read_input(value: str | Sequence[dict[str, Any]]) -> list[Item]:
 
 
 def _read(raw: dict[str, Any], place: int) -> Item:
-    given = {key: value for key, value in raw.items() if value is not None}
+    given = _without_nulls(raw)
     kind = given.get("type", "message" if "role" in given else "item_reference")
     model = ITEMS.get(kind) if isinstance(kind, str) else None
     if model is None:
@@ -67,6 +67,18 @@ def _read(raw: dict[str, Any], place: int) -> Item:
             for fault in error.errors(include_url=False)
         ]
         raise of_faults(faults, {"input": {place: raw}}) from None
+
+
+def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
+    """An item without the keys that are null, in its parts too: clients send back what they got."""
+    out = {key: value for key, value in raw.items() if value is not None}
+    for key in ("content", "output"):
+        if isinstance(out.get(key), list):
+            out[key] = [
+                {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+                for part in out[key]
+            ]
+    return out
 
 
 def resolve(
