@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi import Body as InBody
 from pydantic import Discriminator, Field, Tag
 
 from gptoss_jax.server.chat_body import ChatBody
@@ -48,6 +49,7 @@ def _kind(given: Any) -> str:
 TextOrMessages = Annotated[
     Annotated[MessagesBody, Tag("conversation")] | Annotated[TextBody, Tag("text")],
     Discriminator(_kind),
+    InBody(),  # FastAPI 0.115 takes a union for a query
 ]
 
 
