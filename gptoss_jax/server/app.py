@@ -107,13 +107,16 @@ def _plain(service: Service) -> APIRouter:
 async def _not_allowed(request: Request, error: Exception) -> Response:
     """405 with all methods of the path: a route alone knows only its own."""
     told, path = of_exception(error), request.url.path
-    methods: set[str] = set()
-    for template, operations in request.app.openapi()["paths"].items():
-        if re.fullmatch(re.sub(r"\\\{[^}]*\}", "[^/]+", re.escape(template)), path):
-            methods |= {method.upper() for method in operations}
+    paths = request.app.openapi()["paths"]
+    matching = [path] if path in paths else [t for t in paths if _matches(t, path)]
+    methods = {method.upper() for template in matching for method in paths[template]}
     if methods:
         told.headers = {"Allow": ", ".join(sorted(methods))}
     return told.response()
+
+
+def _matches(template: str, path: str) -> bool:
+    return re.fullmatch(re.sub(r"\\\{[^}]*\}", "[^/]+", re.escape(template)), path) is not None
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
