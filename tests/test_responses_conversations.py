@@ -6,9 +6,11 @@ import json
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import responses as shapes
 from responding import ASKS, BERN, CUT, WEATHER, ask, clients, conforms
-from serving import DATE, HELLO, A, E, F, R, S, app_of, served
+from serving import DATE, HELLO, A, C, E, F, P, R, S, app_of, call, local, served
 
 from gptoss_jax.chat import ChatSettings, Tool, from_openai
 from gptoss_jax.chat.render import render
@@ -81,9 +83,9 @@ def test_continuing_is_sending_everything(client):
         {"role": "user", "content": "Thanks!"},
     ]
     parameters = WEATHER["parameters"]
-    settings = ChatSettings(date=DATE, instructions="Be kind.", tools=[Tool("weather", WEATHER["description"], parameters)])  # fmt: skip
+    shown = ChatSettings(date=DATE, instructions="Be kind.", tools=[Tool("weather", WEATHER["description"], parameters)])  # fmt: skip
     for length, prompt in ((1, prompts[0][0]), (3, prompts[0][1]), (5, prompts[0][2])):
-        assert render(from_openai(conversation[:length]), FULL, settings) == prompt
+        assert render(from_openai(conversation[:length]), FULL, shown) == prompt
     # reasoning is kept in the tool loop, and dropped after its answer
     assert "I need it." in FULL.decode(prompts[0][1])
     assert "I need it." not in FULL.decode(prompts[0][2])
@@ -166,11 +168,11 @@ def test_deleting_and_not_storing(client):
 
 
 def test_a_conversation_lives_through_the_server_s_end(tmp_path):
-    settings = ServerSettings(date=DATE, store=str(tmp_path / "responses.db"))
+    owner = ServerSettings(date=DATE, store=str(tmp_path / "responses.db"))
     ids = []
     for number in range(4):
         if number != 2:  # the third server is the second application, started again
-            app, engine = app_of(HELLO, repeat=True, settings=settings)
+            app, engine = app_of(HELLO, repeat=True, settings=owner)
         with served(app) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as api:
             previous = ids[-1] if ids else None
             ids.append(ask(api, input=f"turn {number}", previous_response_id=previous)["id"])
@@ -218,3 +220,57 @@ def test_agents_sdk_does_a_tool_loop(monkeypatch):
         assert "Be kind." in second
         engine.close(0)
     assert asked == ["Bern"] * 4
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    app, engine = app_of()
+    yield app, engine
+    engine.close(0)
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
+steps = st.tuples(
+    st.lists(words, max_size=2),  # thoughts
+    st.none() | words,  # what is said before a call
+    st.integers(0, 2),  # calls; none is an answer
+    words,  # the answer, or the user's next words
+)
+
+
+@given(st.lists(steps, min_size=1, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_any_conversation_is_the_same_continued_and_whole(scripted, conversation):
+    app, engine = scripted
+    tool = {**WEATHER, "strict": False}
+    scripts = []
+    for thoughts, said, calls, text in conversation:
+        parts = [f"{A}{thought}{E}{S}" for thought in thoughts]
+        if calls and said is not None:
+            parts.append(f"{P}{said}{E}{S}")
+        made = [call("weather", json.dumps({"city": f"{text}{n}"}), E) for n in range(calls)]
+        made[-1:] = [part.removesuffix(E) + C for part in made[-1:]]
+        scripts.append("".join([*parts, S.join(made) if calls else f"{F}{text}{R}"]))
+
+    async def talk(whole):
+        engine.scripts, engine.at, before = scripts, 0, len(engine.requests)
+        async with local(app) as client:
+            previous, history, new = None, [], [{"role": "user", "content": "hi"}]
+            for _, _, calls, text in conversation:
+                body = {"input": [*history, *new], "tools": [tool], "store": not whole}
+                if not whole:
+                    body |= {"input": new, "previous_response_id": previous}
+                answer = await client.post("/v1/responses", json=body)
+                assert answer.status_code == 200, answer.text
+                previous, output = answer.json()["id"], answer.json()["output"]
+                history += [*new, *output]
+                new = [
+                    {"type": "function_call_output", "call_id": item["call_id"], "output": text}
+                    for item in reversed(output)  # in any order
+                    if item["type"] == "function_call"
+                ]
+                assert len(new) == calls
+                new = new or [{"role": "user", "content": text}]
+        return [list(request.prompt) for request in engine.requests[before:]]
+
+    assert asyncio.run(talk(True)) == asyncio.run(talk(False))
