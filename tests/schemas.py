@@ -272,7 +272,7 @@ NASTY = {
     "null": {"const": None},
     "constant": {"const": {"a": [1, {"b": None}]}},
     "nul": {"const": "\u0000"},
-    "exact numbers": {"enum": [0.1, 1e-7, 123456.789, -0.5, 2**53 - 1, 0.30000000000000004]},
+    "exact numbers": {"enum": [0.1, 1e-7, 123456.789, -0.5, 2**53 - 1, 0.123456789012345]},
     "many types": {"type": ["object", "array", "integer"], "properties": {"a": {"const": 1}}, "items": {"type": "null"}, "minimum": 5},
     "all of": {
         "allOf": [{"$ref": "#/$defs/p"}, {"properties": {"k": {"const": 1}}, "required": ["k"]}],

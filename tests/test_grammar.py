@@ -585,9 +585,18 @@ REFUSED = [
     ({"enum": []}, "anyOf is empty"),
     ({"const": 2**53 + 1}, "is not exact"),
     ({"const": -(2**63)}, "is not exact"),
+    ({"enum": [1, 0.09082778693718753]}, "is not exact"),
+    ({"const": 123.45678901234568}, "is not exact"),
+    ({"const": 1e22}, "is not exact"),
+    ({"const": [{"a": 1.0095404089341e-10}]}, "is not exact"),
     ({"minimum": 2**60, "type": "integer"}, "beyond 2\\*\\*53"),
     ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum \\(3\\) is greater than maximum"),
     ({"type": "number", "multipleOf": 0.5, "minimum": 0.001, "maximum": 0.501}, "dead end"),
+    (
+        # where a random walk does not come
+        {**OBJECT, "properties": {"a": {"type": "string", "minLength": 500}, "b": {"type": "string", "pattern": "^\x01$"}}, "required": ["a", "b"]},
+        "dead end",
+    ),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf constraints are not supported"),
     ({"items": [{}]}, "use prefixItems"),
     ({"properties": []}, "properties must be an object"),
@@ -662,6 +671,7 @@ def bomb(key, levels=30):
 # each takes seconds, gigabytes or the whole process where nothing stops it; None: it is cheap after all
 COSTLY = {
     "rules in a chain": (rules(5000, "a{}: a{}"), "more than 1.5 s"),
+    "rules in a chain, too deep for a small stack": (rules(1500, "a{}: a{}"), "more than 1.5 s"),
     "terminals in a chain": (Lark(rules(5000, "a{}: a{}").grammar.replace("a", "A").replace("stArt", "start")), "more than 1.5 s"),
     "doubling rules": (rules(40, "a{}: a{} a{}".replace("{} a{}", "{1} a{1}", 1).replace("{}", "{0}", 1)), "Too many items"),
     "doubling terminals": (Lark("start: A0\n" + "\n".join(f"A{n}: A{n + 1} A{n + 1}" for n in range(40)) + '\nA40: "a"'), "too big"),

@@ -18,10 +18,14 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def is_exact(value: int | float) -> bool:
-    """Does llguidance write this constant as it is?"""
+    """Does llguidance write this constant as it is? It reads fractions like 0.09082778693718753
+    wrong by a bit.
+    """
     if isinstance(value, int):
         return abs(value) <= EXACT
-    return value == 0 or 10.0**-PLACES <= abs(value) <= 10.0**PLACES
+    number = decimal.Decimal(str(value)).normalize().as_tuple()
+    places = -int(number.exponent)
+    return len(number.digits) <= PLACES and places <= PLACES and abs(value) <= 10.0**PLACES
 
 
 def tighten(node: dict[str, Any], kinds: set[str]) -> None:
