@@ -10,11 +10,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.sharding import activation_spec, current
+from gptoss_jax.sharding import activation_spec, batch_axes, current
 from gptoss_jax.sharding import constrain as constrain_array
 
 UNROLLED_ROWS = 8  # rows that are stored one after another without a loop
@@ -165,6 +166,37 @@ def append(
     )
     return jax.shard_map(store, in_specs=(spread, spread, by_row), out_specs=spread)(
         stored_BSKH, new_B1KH, slots_B
+    )
+
+
+def row_of(
+    stored_BSKH: Float[Array, "B S K H"],
+    row: Int[Array, ""],
+    start: Int[Array, ""] | int = 0,
+    size: int | None = None,
+) -> Float[Array, "one S K H"]:
+    """One row, or `size` of its slots from `start` on. On a mesh its owner sends it to all over
+    which rows are spread, where the partitioner would gather the whole cache.
+    """
+    size = size or stored_BSKH.shape[1]
+    axes = batch_axes(stored_BSKH.shape[0])
+
+    def own(stored_BSKH, row, start):
+        count = stored_BSKH.shape[0]
+        row = row - count * jax.lax.axis_index(axes)
+        at = (jnp.clip(row, 0, count - 1), start, 0, 0)
+        found = jax.lax.dynamic_slice(stored_BSKH, at, (1, size, *stored_BSKH.shape[2:]))
+        held = (row >= 0) & (row < count)
+        return jax.lax.psum(jnp.where(held, found, jnp.zeros_like(found)), axes)
+
+    if not axes:
+        at = (row, start, 0, 0)
+        return jax.lax.dynamic_slice(stored_BSKH, at, (1, size, *stored_BSKH.shape[2:]))
+    whole = PartitionSpec()
+    spread = activation_spec("BSKH", stored_BSKH.shape)
+    out = PartitionSpec(None, *spread[1:])
+    return jax.shard_map(own, in_specs=(spread, whole, whole), out_specs=out)(
+        stored_BSKH, row, jnp.asarray(start, jnp.int32)
     )
 
 

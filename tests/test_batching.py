@@ -16,6 +16,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptoss_jax as gj
 from gptoss_jax.batching import Busy, Closing, Engine, EngineSettings, Failure, Request, pages
 from gptoss_jax.batching import slots as device
 from gptoss_jax.completions import join
@@ -77,7 +78,7 @@ def workload(count, seed=0):
         sampling = Sampling(
             temperature=[0.0, 1.0, 0.7][i % 3],
             seed=int(rng.integers(1 << 40)),
-            n=1 + (i % 4 == 3),
+            n={3: 2, 7: 5}.get(i, 1),  # 5 are more than there are slots
             top_k=int(rng.choice([0, 5])),
             top_p=float(rng.choice([1.0, 0.8])),
             min_p=float(rng.choice([0.0, 0.05])),
@@ -93,7 +94,7 @@ def workload(count, seed=0):
 
 
 def test_every_request_gets_what_generate_gives(model, engine):
-    requests = list(workload(12))
+    requests = list(workload(10))
     alone = model.generate(
         [r.prompt for r in requests],
         [r.sampling for r in requests],
@@ -109,6 +110,31 @@ def test_every_request_gets_what_generate_gives(model, engine):
                 pairs = list(zip(a.logprobs, b.logprobs, strict=True))
                 assert max(abs(x.logprob - y.logprob) for x, y in pairs) < 1e-4
                 assert all([i for i, _ in x.top] == [i for i, _ in y.top] for x, y in pairs)
+
+
+def test_gpt_oss_tiny_answers_the_same_alone_and_in_a_crowd():
+    """To the bit of the log probabilities."""
+    model = gj.load("gpt-oss-tiny")
+    engine = Engine(model, EngineSettings(slots=8, max_context=512, chunk=64))
+    rng = np.random.default_rng(4)
+    text = "What is 12 + 7? Tell me about the sea. "
+    some = [
+        Request(
+            model.tokenizer.encode(text * int(rng.integers(1, 9)))[i:],
+            Sampling(seed=i, logprobs=True, top_p=0.9 if i % 2 else 1.0),
+            int(rng.integers(5, 40)),
+        )
+        for i in range(4)
+    ]
+    alone = [run(engine, [request])[0][0] for request in some]
+    crowd = [
+        Request(rng.integers(256, 1600, int(rng.integers(1, 400))).tolist(), Sampling(), 30)
+        for _ in range(12)
+    ]
+    order = rng.permutation(16)
+    together = run(engine, [[*some, *crowd][i] for i in order])
+    assert [together[list(order).index(i)][0] for i in range(4)] == alone
+    engine.close()
 
 
 class Only:

@@ -115,11 +115,10 @@ def save(
 
     def one(pages, stored, kind):
         if kind == SLIDING:
-            own = jax.lax.dynamic_slice_in_dim(stored, row, 1)
+            own = kv.row_of(stored, row)
             part = kv.last_of_ring(own, end.reshape(1), config.sliding_window)
         else:
-            at = (row, end - size, jnp.int32(0), jnp.int32(0))
-            part = jax.lax.dynamic_slice(stored, at, (1, size, *stored.shape[2:]))
+            part = kv.row_of(stored, row, end - size, size)
         return constrain(jax.lax.dynamic_update_slice_in_dim(pages, part, page, 0), "PSKH")
 
     cache, kinds = slots.cache, config.layer_types
@@ -145,7 +144,7 @@ def restore(
     def one(stored, pages, kind):
         part = jax.lax.dynamic_slice_in_dim(pages, page, 1)
         if kind == SLIDING:
-            own = jax.lax.dynamic_slice_in_dim(stored, row, 1)
+            own = kv.row_of(stored, row)
             at = kv.last_positions(end.reshape(1), config.sliding_window) % stored.shape[1]
             return jax.lax.dynamic_update_slice_in_dim(stored, kv.write(own, part, at), row, 0)
         return jax.lax.dynamic_update_slice(stored, part, (row, end - size, 0, 0))

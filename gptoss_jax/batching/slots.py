@@ -350,13 +350,9 @@ def read(
     row, before, count, number = place
     T = tokens_1T.shape[1]
 
-    def taken(x):
-        return jax.lax.dynamic_slice_in_dim(x, row, 1)
-
     cache = slots.cache
-    alone = KVCache(
-        tuple(map(taken, cache.keys)), tuple(map(taken, cache.values)), before.reshape(1)
-    )
+    keys, values = (tuple(kv.row_of(x, row) for x in some) for some in (cache.keys, cache.values))
+    alone = KVCache(keys, values, before.reshape(1))
     mask_1T = (jnp.arange(T, dtype=jnp.int32) < count)[None]
     _, after, _ = hidden(
         params,
@@ -500,10 +496,11 @@ def copy(slots: Slots, pair: Int[Array, " two"]) -> Slots:
     source, target = pair
 
     def moved(x):
-        part = jax.lax.dynamic_slice_in_dim(x, source, 1)
-        return jax.lax.dynamic_update_slice_in_dim(x, part, target, 0)
+        return jax.lax.dynamic_update_slice_in_dim(x, kv.row_of(x, source), target, 0)
 
-    return settle(dataclasses.replace(slots, cache=jax.tree.map(moved, slots.cache)))
+    cache = slots.cache
+    keys, values = (tuple(map(moved, some)) for some in (cache.keys, cache.values))
+    return settle(dataclasses.replace(slots, cache=KVCache(keys, values, cache.length_B)))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
