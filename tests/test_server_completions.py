@@ -135,6 +135,7 @@ def test_ignore_eos_and_adapters():
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt": "x", "n": 1000}, "n"),
+        ({"prompt": ["x"] * 33, "n": 2}, "n"),
         ({}, "prompt"),
     ],
 )

@@ -103,7 +103,15 @@ def test_a_server_without_keys_answers_to_its_own_name_only():
 
     for host in ("localhost", "localhost:8000", "LOCALHOST:1", "[::1]:8000"):
         assert asyncio.run(ask(host)).status_code == 200
-    for host in ("evil.example", "localhost.evil.example:8000", "", "127.0.0.1", "[::2]", "[::1", "]"):
+    for host in (
+        "evil.example",
+        "localhost.evil.example:8000",
+        "",
+        "127.0.0.1",
+        "[::2]",
+        "[::1",
+        "]",
+    ):
         answer = asyncio.run(ask(host))
         assert answer.status_code == 403
         assert answer.json()["error"]["code"] == "wrong_host"
@@ -193,6 +201,35 @@ def test_what_is_no_request_is_400_or_404(body):
                 assert answer.json()["error"]["message"]
 
     asyncio.run(send())
+
+
+def test_deep_json_where_anything_may_stand():
+    """What clients send back of their own reading is left alone, however deep."""
+    deep: list = []
+    for _ in range(400):
+        deep = [deep]
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": deep}
+    made = {"id": "a", "type": "function", "index": 0, "function": function}
+    history = [
+        *USER,
+        {"role": "assistant", "content": "x", "parsed": deep, "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "a", "content": "y"},
+    ]
+
+    async def send(**body):
+        app, _ = app_of(HELLO)
+        return await chat(app, **body)
+
+    assert asyncio.run(send(messages=history)).status_code == 200
+    for body in (
+        {"metadata": {"a": deep}},
+        {"logit_bias": {"1": deep}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": deep}}}]},
+        {"guided_json": {"a": deep}},
+        {"nonsense": deep},
+        {"messages": deep},
+    ):
+        assert asyncio.run(send(**body)).status_code == 400
 
 
 def test_lone_surrogates_are_replaced():

@@ -384,11 +384,15 @@ class ChatBody(SamplingBody):
         return None
 
 
+_OWN: Any = {  # what clients made of our answers, or we of nothing
+    "parsed": True,
+    "audio": True,
+    "annotations": True,
+    "tool_calls": {"__all__": {"index": True, "function": {"parsed_arguments"}}},
+    "function_call": {"parsed_arguments"},
+}
+
+
 def _plain(message: Any) -> dict[str, Any]:
     """A message as chat.from_openai reads it: without what is absent or the clients' own."""
-    out = message.model_dump(
-        exclude_none=True, exclude={"parsed": True, "audio": True, "annotations": True}
-    )
-    for call in out.get("tool_calls", ()):
-        call.pop("index", None)
-    return out
+    return message.model_dump(exclude_none=True, exclude=_OWN)

@@ -4,6 +4,7 @@ Control tokens in a text are spelled out; as ids they are refused unless the own
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -77,6 +78,12 @@ async def _answer(service: Service, request: Request, body: CompletionBody) -> A
     )
     shared = {"stop": body.stops(settings), "adapter": adapter, "priority": body.priority or 0}
     shared["max_new_tokens"] = body.max_tokens or DEFAULT_TOKENS
+    if len(prompts) * sampling.n > max(settings.max_n, settings.max_prompts):
+        raise bad(
+            f"{len(prompts)} prompts of {sampling.n} completions each: at most "
+            f"{max(settings.max_n, settings.max_prompts)} in all",
+            "n",
+        )
     made = [batching.Request(prompt, sampling, **shared) for prompt in prompts]
     texts = _Texts(service, request, made)
     head = {
@@ -169,7 +176,7 @@ class _Texts:
 
     def _listener(self, place: int, loop: asyncio.AbstractEventLoop) -> batching.Listener:
         def listen(completion: int, came: Piece | batching.Failure) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a closed loop has nobody left to tell
                 loop.call_soon_threadsafe(self.queue.put_nowait, (place, completion, came))
 
         return listen

@@ -13,6 +13,7 @@ answer either; the rest is as the table in chat/parse.py says. Nothing that a mo
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -240,8 +241,7 @@ class Running:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
         def listen(completion: int, came: Piece | Failure) -> None:
-            # a closed loop has nobody left to tell
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a closed loop has nobody left to tell
                 loop.call_soon_threadsafe(queue.put_nowait, (completion, came))
 
         self._queue: asyncio.Queue[tuple[int, Piece | Failure]] = queue
