@@ -104,13 +104,14 @@ def run(arguments: Arguments) -> int:
         stack.callback(output.close)
         stack.callback(errors.close)
         try:
-            return _answer(arguments, lines, wanted, output, errors, way)
+            summary = _answer(arguments, lines, wanted, output, errors, way)
         except KeyboardInterrupt:
             done = len(output.done) + len(errors.done)
             note(
                 f"{done} of {len(lines)} requests are answered; the same command goes on from there"
             )
             raise
+    return _print(arguments, summary)
 
 
 def _check(arguments: Arguments) -> None:
@@ -210,7 +211,8 @@ def _answer(
     output: Answers,
     errors: Answers,
     way: "_Here | _OnRay",
-) -> int:
+) -> dict[str, Any]:
+    """Answers the lines that have no answer; returns the summary."""
     from gptoss_jax.server import batch_requests
 
     record = {**wanted, **(output.record or errors.record or {})}
@@ -251,7 +253,7 @@ def _answer(
                     )
     output.finish()
     errors.finish()
-    return _finished(arguments, record, output, errors, progress)
+    return _summary(arguments, record, output, errors, progress)
 
 
 class _Here:
@@ -304,6 +306,8 @@ class _OnRay:
         from gptoss_jax.server import batch_ray
 
         self.arguments, self.ray = arguments, batch_ray
+        # Ray prints what it notices; stdout is for the summary
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         with working("joining the Ray cluster"):
             stack.enter_context(batch_ray.cluster(arguments.ray or ""))
         # Ray has handlers of its own
@@ -356,19 +360,23 @@ def _generator(given: Any) -> Generator[Any]:
     return given
 
 
-def _finished(
+def _summary(
     arguments: Arguments,
     record: dict[str, Any],
     output: Answers,
     errors: Answers,
     progress: Progress,
-) -> int:
-    """Writes and prints the summary; the exit code."""
+) -> dict[str, Any]:
+    """What came of the run and of those before it; written beside the answers."""
     now, folder = progress.summary(), arguments.output
-    failed, total = len(errors.done), progress.total
+    failed = len(errors.done)
     summary = {
         "status": "completed",
-        "request_counts": {"total": total, "completed": len(output.done), "failed": failed},
+        "request_counts": {
+            "total": progress.total,
+            "completed": len(output.done),
+            "failed": failed,
+        },
         "output_file": str(folder / output.path.name),
         "error_file": str(folder / errors.path.name) if failed else None,
         "input_file": record["input"]["name"],
@@ -377,23 +385,29 @@ def _finished(
         "date": record["settings"]["date"],
         **{key: now[key] for key in now if key != "prompts"},
     }
-    path = folder / "summary.json"
+    path = output.path.parent / "summary.json"
     if now["answered"] or not path.exists():
         replace(path, [json.dumps(summary, ensure_ascii=False, indent=2).encode() + b"\n"])
+    return summary
+
+
+def _print(arguments: Arguments, summary: dict[str, Any]) -> int:
+    """Says what came of it; the exit code."""
+    folder, counts = arguments.output, summary["request_counts"]
     if arguments.json:
         print(json.dumps(summary, ensure_ascii=False))
-    elif now["answered"] == 0:
-        print(f"{folder}: all {total} requests are answered already")
+    elif summary["answered"] == 0:
+        print(f"{folder}: all {counts['total']} requests are answered already")
     else:
         print(
-            f"{folder}: {now['answered']} of {total} requests answered now, "
-            f"{now['completion_tokens']:,} tokens in {now['seconds']:.1f} s, "
-            f"{now['tokens_per_second']:,.0f} tokens/s, seed {summary['seed']}"
+            f"{folder}: {summary['answered']} of {counts['total']} requests answered now, "
+            f"{summary['completion_tokens']:,} tokens in {summary['seconds']:.1f} s, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s, seed {summary['seed']}"
         )
-    if failed:
+    if counts["failed"]:
         print(
-            f"gptoss batch: {failed} of {total} requests failed: see {folder / errors.path.name}; "
-            "--retry-failed asks them again",
+            f"gptoss batch: {counts['failed']} of {counts['total']} requests failed: see "
+            f"{summary['error_file']}; --retry-failed asks them again",
             file=sys.stderr,
         )
-    return 1 if failed else 0
+    return 1 if counts["failed"] else 0
