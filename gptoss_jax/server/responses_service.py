@@ -226,6 +226,7 @@ class Responses:
 
     async def find(self, id: str) -> Stored:
         """The response as it is now; ApiError 404 if there is none."""
+        made = self.background.get(id)  # before the store is asked: it may end meanwhile
         try:
             stored = await asyncio.to_thread(self.store.get, id)
         except NotStored:
@@ -235,7 +236,6 @@ class Responses:
                 "response_id",
                 "response_not_found",
             ) from None
-        made = self.background.get(id)
         if made is None:
             return stored
         task = made.task

@@ -162,7 +162,9 @@ class Store:
                 (id, self._since()),
             ).fetchone()
         if row is None:
-            raise NotStored(id, f"there is no response {id!r}: it was never stored, or is gone")
+            raise NotStored(
+                id, f"there is no response {id[:100]!r}: it was never stored, or is gone"
+            )
         return _stored(row)
 
     def chain(self, id: str) -> list[Stored]:
@@ -177,7 +179,9 @@ class Store:
                 {"id": id, "since": self._since()},
             ).fetchall()
         if not rows:
-            raise NotStored(id, f"there is no response {id!r}: it was never stored, or is gone")
+            raise NotStored(
+                id, f"there is no response {id[:100]!r}: it was never stored, or is gone"
+            )
         missing = rows[0][3]
         if missing is not None:
             raise NotStored(
