@@ -20,11 +20,11 @@ SCRIPTED = """
 import sys
 sys.path.insert(0, {tests!r})
 from fakes import ScriptedEngine
-from gptoss_jax.cli.serve import Arguments, _serve
+from gptoss_jax.cli.serve import bind, serve
 from gptoss_jax.server.settings import ServerSettings
 words = "<|channel|>final<|message|>" + " word" * 300 + "<|return|>"
 engine = ScriptedEngine(words, repeat=True, delay=0.005)
-sys.exit(_serve(engine, ServerSettings(drain_seconds={drain}), Arguments(port=0)))
+sys.exit(serve(engine, ServerSettings(drain_seconds={drain}), bind('127.0.0.1', 0)))
 """
 
 
@@ -133,6 +133,7 @@ def test_serve_answers_and_drains():
         (["--host", "0.0.0.0"], "no API key"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
         (["--adapter", "nonsense"], "NAME=FOLDER"),
+        (["--port", "1000000"], "--port"),
         (["--date", "tomorrow"], "YYYY-MM-DD"),
         (["--max-n", "0"], "max_n"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -146,6 +147,19 @@ def test_mistakes_are_one_line(options, said, monkeypatch, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert len([line for line in error if line.startswith("gptoss serve: ")]) == 1
     assert said in error[-1]
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys):
+    from gptoss_jax.cli.main import main
+    from gptoss_jax.cli.serve import bind
+
+    with bind("127.0.0.1", 0) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert f"port {port}" in said
+    assert "gpt-oss-tiny" not in said
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import importlib.util
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ class Arguments:
     """Tokens to guess ahead from what was written before: the same answers, some of them sooner."""
     api_key_file: Path | None = None
     """File with API keys, one a line."""
-    no_auth: bool = False
+    no_auth: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Serve other machines without a key."""
     date: str | None = None
     """Date that the model is told, YYYY-MM-DD; by default today, and all cached prefixes change at
@@ -92,11 +93,27 @@ def run(arguments: Arguments) -> int:
         from gptoss_jax.server.store import Store
 
         Store(settings.store).close()  # a mistake is told before the model is loaded
-    engine = _engine(arguments)
+    # before the model is loaded, which may take minutes
+    with bind(arguments.host, arguments.port) as sock:
+        engine = _engine(arguments)
+        try:
+            return serve(engine, settings, sock)
+        finally:
+            engine.close(drain=0)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on an address; nobody can connect to it yet."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return _serve(engine, settings, arguments)
-    finally:
-        engine.close(drain=0)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise GptOssError(
+            f"cannot listen on {host} port {port} ({error}): give another --host or --port"
+        ) from None
+    return sock
 
 
 def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
@@ -126,7 +143,9 @@ def _engine(arguments: Arguments) -> Any:
     return engine
 
 
-def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
+def serve(engine: Any, settings: ServerSettings, sock: socket.socket) -> int:
+    """Serves on the socket until a signal has come and the running requests have ended; the exit
+    code."""
     import uvicorn
 
     from gptoss_jax.server.app import create_app
@@ -150,8 +169,8 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
-                port = self.servers[0].sockets[0].getsockname()[1]
-                host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+                host, port = sock.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
                 print(f"{engine.name} is served at http://{host}:{port}", flush=True)
 
         async def on_tick(self, counter: int) -> bool:
@@ -169,8 +188,6 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
 
     config = uvicorn.Config(
         app,
-        host=arguments.host,
-        port=arguments.port,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -178,9 +195,5 @@ def _serve(engine: Any, settings: ServerSettings, arguments: Arguments) -> int:
         lifespan="on",
     )
     server = Server(config)
-    server.run()
-    if not server.started:
-        raise GptOssError(
-            f"cannot listen on {arguments.host} port {arguments.port}: is it in use? give --port"
-        )
+    server.run(sockets=[sock])
     return 130 if server.signal == signal.SIGINT else 0

@@ -1,6 +1,6 @@
 """What answers look like, for the server's OpenAPI description and its tests."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -179,6 +179,3 @@ class Health(Shape):
     """The server takes requests."""
 
     status: Literal["ok"]
-
-
-Anything = dict[str, Any]
