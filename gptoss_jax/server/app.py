@@ -4,7 +4,6 @@ From outside to inside: the account of the request (log, metrics, drain, what br
 wanted, the API key, the body's size, then the routes.
 """
 
-import importlib.util
 import re
 import time
 from typing import Any
@@ -20,7 +19,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptoss_jax.batching.requests import BatchingEngine
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.server import chat_completions, completions, embeddings, models, page, tokens
+from gptoss_jax.server import (
+    chat_completions,
+    completions,
+    embeddings,
+    models,
+    page,
+    responses,
+    tokens,
+)
 from gptoss_jax.server.errors import DOCUMENTED, ApiError, handle, of_exception
 from gptoss_jax.server.json_response import JSONResponse
 from gptoss_jax.server.security import Authentication, BodyLimit, Hosts
@@ -65,13 +72,8 @@ def create_app(engine: BatchingEngine, settings: ServerSettings | None = None) -
     for kind in (RequestValidationError, HTTPException, GptOssError):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(405, _not_allowed)
-    for module in (chat_completions, completions, models, tokens, embeddings):
+    for module in (chat_completions, completions, responses, models, tokens, embeddings):
         app.include_router(module.router(service))
-    # /v1/responses is a room of its own
-    if importlib.util.find_spec("gptoss_jax.server.responses"):
-        from gptoss_jax.server import responses  # pyright: ignore
-
-        app.include_router(responses.router(service))
     app.include_router(_plain(service))
     app.router.routes.extend(page.routes())
     app.openapi = lambda: _openapi(app)
