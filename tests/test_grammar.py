@@ -5,6 +5,9 @@ import itertools
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from decimal import Decimal
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from schemas import CONTROLS, NASTY, STRINGS, check, random_schema
 
+from gptoss_jax.batching.requests import Busy
 from gptoss_jax.chat import grammar_tokens, grammar_trial
 from gptoss_jax.chat import messages as m
 from gptoss_jax.chat.grammar import Choice, Lark, Regex, completion_grammar
@@ -195,7 +199,7 @@ def test_numbers_keep_their_bounds():
     """Random intervals, and the numbers around their ends, in several spellings."""
     draw = random.Random(0)
     let = kept = 0
-    for _ in range(250):
+    for _ in range(120):
         digits, base = draw.randrange(4), draw.choice([0, 0, 1, -1, 5, -5, 99, 10**6, -(10**6)])
         low, high = sorted(
             round(
@@ -228,7 +232,7 @@ def test_numbers_keep_their_bounds():
             valid = validator.is_valid(float(text))
             assert valid or not taken, (schema, text)
             let, kept = let + valid, kept + taken
-    assert kept > 0.8 * let > 1000
+    assert kept > 0.8 * let > 500
 
 
 def agrees(grammar, language, tokenizer, walks, prefix=""):
@@ -702,6 +706,33 @@ def test_costly_ones_are_refused_in_time(name):
             completion_grammar(TINY, response_format=structure)
     assert time.process_time() - cpu < 2  # of ours; what the other process may use, it enforces
     assert time.monotonic() - wall < grammar_trial.PATIENCE
+
+
+def test_time_is_limited_whatever_signals_are_blocked():
+    """Threads of a server block signals, and who they start inherits that."""
+    grammar_trial._close()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        with pytest.raises(GptOssError, match=r"more than 1\.5 s"):
+            completion_grammar(
+                TINY, response_format=m.ResponseFormat({"type": "integer", "multipleOf": 999979})
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_the_process_that_tries_is_light():
+    code = "import sys, gptoss_jax.chat.grammar_trial as g; print(g.try_here('{\"json_schema\": {}}'), sorted({'jax', 'numpy', 'tiktoken'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == " []\n"
+
+
+def test_a_busy_machine_says_so(monkeypatch):
+    monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
+    with pytest.raises(Busy, match="try again later"):
+        completion_grammar(TINY, response_format=Choice(["late"]))
+    monkeypatch.undo()
+    completion_grammar(TINY, response_format=Choice(["late"]))
 
 
 def test_the_process_that_tries_is_replaced():

@@ -48,6 +48,7 @@ def try_grammars(grammars: Sequence[str], what: str) -> None:
 
     Raises:
       GptOssError: It does not, or takes too long.
+      Busy: There was no answer yet.
     """
     answer = _ask(tuple(grammars))
     if answer is None:
@@ -77,7 +78,9 @@ def _ask(grammars: tuple[str, ...]) -> str | None:
             return json.loads(line)
         _close()
         if line is None:
-            raise GptOssError(f"the machine is busy, a grammar waited {PATIENCE} s: try again")
+            from gptoss_jax.batching.requests import Busy  # loads jax, which the trial does without
+
+            raise Busy(f"the machine is busy, a grammar waited {PATIENCE} s: try again later")
         return None
 
 
@@ -167,6 +170,8 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])  # whoever started it blocked it
     threading.stack_size(STACK)
     server = threading.Thread(target=_serve)
     server.start()
