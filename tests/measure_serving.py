@@ -70,7 +70,7 @@ def main(drafts: int = 0) -> None:
     print(f"{REQUESTS} at once: {a:.0f} tokens/s")
     print(f"one after another: {b:.0f} tokens/s ({a / b:.1f} x), Model.generate: {c:.0f}")
 
-    unloaded, loaded = [], []
+    unloaded, loaded, seconds = [], [], 0.0
     for _ in range(ROUNDS):
         for _ in range(8):
             unloaded += start(engine, [request(24, 2)])()[0]

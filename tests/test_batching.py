@@ -364,11 +364,21 @@ def test_priorities_and_a_bounded_queue(model):
     ]
     assert {end for end in ends if end[0] == "rest"} == {("rest", "cancelled")}
     left = engine.submit(Request([3], s, 200), listener("left"))
-    engine.close(0)
+    closing = threading.Thread(target=engine.close)  # until all are done
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    left.cancel()
+    closing.join(60)
+    assert not closing.is_alive()
     with pytest.raises(Closing):
         engine.submit(Request([3], s, 2), listener("late"))
     assert came.get(timeout=10) == ("left", "cancelled")
     left.cancel()
+    late = Engine(model, SETTINGS)
+    late.submit(Request([3], s, 200), listener("late"))
+    late.close(0)
+    assert came.get(timeout=10) == ("late", "cancelled")
 
 
 def test_drafts_change_nothing(model, engine):

@@ -9,10 +9,11 @@ import collections
 import dataclasses
 import heapq
 import math
-import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,8 +37,10 @@ TOP = 20  # most likeliest tokens that a request may ask for
 BACK = 4  # tokens that a row can be taken back, or more with more drafts
 CHUNK = 128
 SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
+UNKNOWN_MEMORY = 16 << 30  # of a host that does not say what it has
 LEAST_CONTEXT = 1024  # of a slot, when memory decides
-LOST = 0.15  # steps are no longer sent ahead when grammars would waste this share of them
+AHEAD = 2  # steps that are sent before the first of them is read,
+LOST = 0.12  # fewer when grammars would waste more than this share of them
 HOPELESS = 0.6  # a grammar that accepts less gets its mask before the choice,
 HOPE = 0.03  # and is tried without it after a while
 
@@ -231,9 +234,6 @@ class Engine:
             except Exception as error:
                 if not self._failed(error):
                     return
-            if not self._submitted_left():
-                with self._idle:
-                    self._idle.notify_all()
         for job in [*self._waiting, *{work.job for work in self._works.values()}]:
             self._cancelled(job, None)
 
@@ -243,6 +243,9 @@ class Engine:
         """
         while True:
             idle = not (self._waiting or self._works or self._sent)
+            if idle:
+                with self._idle:
+                    self._idle.notify_all()
             try:
                 message = self._inbox.get(block=idle)
             except queue.Empty:
@@ -293,9 +296,15 @@ class Engine:
         """How much may be on the device while the next is sent."""
         if not self._running:
             return int(bool(self._reading))
-        works = self._running.values()
-        lost = sum((1 - w.accepted) / (2 - w.accepted) for w in works if w.mask is not None)
-        return 0 if self.settings.drafts or lost > LOST * len(works) else 1
+        if self.settings.drafts:
+            return 0
+        # a refused choice wastes what was sent after it
+        refused = [1 - w.accepted if w.mask is not None else 0.0 for w in self._running.values()]
+        for ahead in range(AHEAD, 0, -1):
+            lost = sum(ahead * share / (1 + ahead * share) for share in refused)
+            if lost <= LOST * len(refused):
+                return ahead
+        return 0
 
     def _send_chunk(self) -> None:
         """Reads on in a prompt: by turns the oldest and the one with the least left."""
@@ -713,5 +722,9 @@ def _free_bytes(model: Model, rows: int) -> tuple[float, int]:
     memory = device.memory_stats() or {}
     if "bytes_limit" in memory:
         return 0.8 * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)), copies
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 1 << 22
-    return 0.5 * pages * 4096, copies
+    found = re.search(r"MemAvailable: +(\d+)", _text(Path("/proc/meminfo")))
+    return 0.5 * (int(found[1]) << 10 if found else UNKNOWN_MEMORY), copies
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
