@@ -727,6 +727,12 @@ def test_the_process_that_tries_is_light():
     assert ran.stdout == " []\n"
 
 
+def test_without_llguidance_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GptOssError, match=r"pip install 'gptoss_jax\[serve\]'"):
+        completion_grammar(TINY, response_format=Choice(["a"]))
+
+
 def test_a_busy_machine_says_so(monkeypatch):
     monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
     with pytest.raises(Busy, match="try again later"):

@@ -29,6 +29,7 @@ strings (maxLength), arrays (maxItems), digits of numbers (minimum and maximum),
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def completion_grammar(
     unasked = response_format is None and not forced and not strict
     if unasked and (tool_choice == "auto" or not tools):
         return None
+    if importlib.util.find_spec("llguidance") is None:
+        raise GptOssError("structured output needs llguidance: pip install 'gptoss_jax[serve]'")
     parts: dict[str, dict[str, Any]] = {}
     loose = []
     for number, tool in enumerate(offered):

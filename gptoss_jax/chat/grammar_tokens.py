@@ -133,12 +133,7 @@ def _vocabulary(tokenizer: Tokenizer) -> "llguidance.LLTokenizer":
     """llguidance's view of the tokenizer: 1.3 s for the full vocabulary, milliseconds for a pruned
     one.
     """
-    try:
-        import llguidance as ll
-    except ImportError:
-        raise GptOssError(
-            "structured output needs llguidance: pip install 'gptoss_jax[serve]'"
-        ) from None
+    import llguidance as ll
 
     class Vocabulary:
         eos_token_id = tokenizer.special["<|endoftext|>"]  # never part of a grammar of ours
