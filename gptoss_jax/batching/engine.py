@@ -8,37 +8,26 @@ Knows token ids and stop strings; refuses to know roles, channels and HTTP.
 import collections
 import dataclasses
 import heapq
-import math
 import queue
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax import sharding
 from gptoss_jax.batching import pages
-from gptoss_jax.batching import slots as device
 from gptoss_jax.batching.requests import Busy, Closing, Failure, Listener, Request
+from gptoss_jax.batching.rows import Rows
 from gptoss_jax.batching.settings import EngineSettings
+from gptoss_jax.batching.sizes import choose_sizes
+from gptoss_jax.batching.slots import BROKEN
 from gptoss_jax.batching.work import MEMORY, Job, Work
-from gptoss_jax.cache import cache_bytes
 from gptoss_jax.completions import Piece, Reader, TokenLogprob
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.sampling import Sampling
 from gptoss_jax.tokenizer import Tokenizer
 
-TOP = 20  # most likeliest tokens that a request may ask for
-BACK = 4  # tokens that a row can be taken back, or more with more drafts
-CHUNK = 128
-SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
-UNKNOWN_MEMORY = 16 << 30  # of a host that does not say what it has
-LEAST_CONTEXT = 1024  # of a slot, when memory decides
 AHEAD = 2  # steps that are sent before the first of them is read,
 LOST = 0.12  # fewer when grammars would waste more than this share of them
 HOPELESS = 0.6  # a grammar that accepts less gets its mask before the choice,
@@ -87,14 +76,8 @@ class Engine:
             )
         self.model = model
         self.settings = settings or EngineSettings()
-        self._context, self._chunk, self._pages = _sizes(model, self.settings)
-        self._lengths = (SHORT, self._chunk) if self._chunk > SHORT else (self._chunk,)
-        self._back = max(BACK, self.settings.drafts + 1)
-        words = -(-model.config.vocab_size // 32)
-        everything = np.full((self.settings.slots, words), 0xFFFFFFFF, np.uint32)
-        self._everything = self._put(everything)
-        self._words = words
-        self._tables = device.tables(model.adapters, self._replicated)
+        self._sizes = choose_sizes(model, self.settings)
+        self._rows = Rows(model, self._sizes)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -104,7 +87,7 @@ class Engine:
         self._reading: list[Work] = []
         self._running: dict[int, Work] = {}
         self._idle = threading.Condition()
-        self._empty_state()
+        self._begin()
         self._thread = threading.Thread(target=self._loop, name="gptoss-engine", daemon=True)
         self._thread.start()
 
@@ -118,7 +101,7 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        return self._context
+        return self._sizes.context
 
     @property
     def adapters(self) -> Sequence[str]:
@@ -151,7 +134,7 @@ class Engine:
             "slots": self.settings.slots,
             "slots_busy": len(self._works),
             "queue": self._queued,
-            "cache_pages": self._pages,
+            "cache_pages": self._sizes.pages,
             "cache_pages_busy": len(self._table),
         }
         return gauges | {f"{name}_total": self._counts[f"{name}_total"] for name in names}
@@ -191,10 +174,10 @@ class Engine:
         if most is not None and (isinstance(most, bool) or most < 1):
             raise GptOssError(f"max_new_tokens is {most}: expected a positive integer, or None")
         self.model._check_ids(prompt, 0)
-        if len(prompt) + (most or 1) > self._context:
+        if len(prompt) + (most or 1) > self._sizes.context:
             asked = f" and {most} new ones are asked for" if most else ""
             raise GptOssError(
-                f"the prompt has {len(prompt)} tokens{asked}: the context is {self._context} "
+                f"the prompt has {len(prompt)} tokens{asked}: the context is {self._sizes.context} "
                 "tokens; shorten the prompt or ask for fewer"
             )
         if isinstance(request.stop, str) or not all(isinstance(s, str) and s for s in request.stop):
@@ -211,9 +194,9 @@ class Engine:
                 f"{len(request.masks)} masks for {sampling.n} completions: give one for each"
             )
         adapter = int(self.model._numbers(request.adapter, 1)[0])
-        limit = self._context - len(prompt) if most is None else most
+        limit = self._sizes.context - len(prompt) if most is None else most
         prompt = prompt.astype(np.int32)
-        named = pages.names(prompt, self._chunk, adapter) if self._pages else []
+        named = pages.names(prompt, self._sizes.chunk, adapter) if self._sizes.pages else []
         return Job(0, request, listener, prompt, limit, adapter, named, self._cancel)
 
     def _cancel(self, job: Job, completion: int | None) -> None:
@@ -308,25 +291,19 @@ class Engine:
 
     def _send_chunk(self) -> None:
         """Reads on in a prompt: by turns the oldest and the one with the least left."""
-        budget = self._chunk
+        budget = self._sizes.chunk
         while self._reading and budget > 0:
             self._turns += 1
             choose = min if self._turns % 2 else _oldest
             work = choose(self._reading, key=lambda work: work.left)
             self._restore(work)
             if work.left > 0:
-                count = min(work.left, self._chunk)
-                width = next(n for n in self._lengths if n >= count)
-                if width > budget:
+                count = min(work.left, self._sizes.chunk)
+                if self._rows.width(count) > budget:
                     break
-                budget -= width
-                ids = np.zeros((1, width), np.int32)
-                ids[0, :count] = work.job.prompt[work.done : work.done + count]
-                place = np.array([work.slot, work.done, count, work.job.adapter], np.int32)
-                self._slots, wait = self._run(
-                    device.read, self.model.params, self._slots, ids, place, self._tables,
-                    config=self.model.config,
-                )  # fmt: skip
+                budget -= self._rows.width(count)
+                part = work.job.prompt[work.done : work.done + count]
+                wait = self._rows.read(work.slot, work.done, part, work.job.adapter)
                 self._sent.append(Step(self._next(), wait))
                 work.done += count
                 self._save(work)
@@ -336,45 +313,36 @@ class Engine:
 
     def _restore(self, work: Work) -> None:
         """Copies the pages that are there already, in the place of reading them."""
-        named, size = work.job.pages, self._chunk
+        named, size = work.job.pages, self._sizes.chunk
         while work.done // size < len(named):
             page = self._table.find(named[work.done // size])
             if page is None:
                 break
             work.done += size
-            place = np.array([work.slot, page, work.done], np.int32)
-            self._slots = self._run(
-                pages.restore, self._slots, self._pool, place, config=self.model.config, size=size
-            )
+            self._rows.restore(work.slot, page, work.done)
             work.cached += size
             work.job.cached = max(work.job.cached, work.cached)
             self._counts["cached_tokens_total"] += size
 
     def _save(self, work: Work) -> None:
         """Keeps the chunk that was just read, if it is a whole page."""
-        named, size = work.job.pages, self._chunk
+        named, size = work.job.pages, self._sizes.chunk
         number, rest = divmod(work.done, size)
         if rest or number > len(named) or self._table.find(named[number - 1]) is not None:
             return
         page = self._table.add(named[number - 1])
         if page is not None:
-            place = np.array([work.slot, page, work.done], np.int32)
-            self._pool = self._run(
-                pages.save, self._pool, self._slots, place, config=self.model.config, size=size
-            )
+            self._rows.save(work.slot, page, work.done)
 
     def _start(self, first: Work) -> None:
         """Lets all of a request's completions that have a slot generate."""
-        job, V = first.job, self.model.config.vocab_size
+        job = first.job
         for work in [w for w in job.works.values() if w.slot not in self._running]:
             if work is not first:
-                self._slots = self._run(
-                    device.copy, self._slots, np.array([first.slot, work.slot], np.int32)
-                )
-            given = device.start(
-                work.slot, job.prompt, job.request.sampling, work.index, job.seed, job.adapter, V
+                self._rows.copy(first.slot, work.slot)
+            self._rows.admit(
+                work.slot, job.prompt, job.request.sampling, work.index, job.seed, job.adapter
             )
-            self._slots = self._run(device.admit, self._slots, given)
             work.valid_from = self._number
             self._running[work.slot] = work
 
@@ -384,10 +352,8 @@ class Engine:
         if drafts:
             self._send_drafts(drafts)
             return
-        self._slots, logits = self._run(
-            device.advance, self.model.params, self._slots, self._tables, config=self.model.config
-        )
-        allowed, masked = self._everything, {}
+        logits = self._rows.advance()
+        allowed, masked = None, {}
         if not self._choices():
             for slot, work in self._running.items():
                 if work.mask is not None and work.accepted < HOPELESS:
@@ -395,19 +361,13 @@ class Engine:
                     work.accepted += HOPE
             if masked:
                 allowed = self._allowed(masked)
-        self._slots, tokens = self._run(device.choose, self._slots, logits, allowed)
+        tokens = self._rows.choose(logits, allowed)
         self._sent_choices(logits, tokens, dict(self._running), frozenset(masked))
 
     def _sent_choices(self, logits, tokens, works, masked, drafts=None) -> None:
         """Notes what was sent; asks for log probabilities if somebody wants them."""
-        reports = []
-        if any(work.reader.wanted for work in works.values()):
-            if logits.ndim == 2:
-                reports = [self._run(device.report, logits, tokens, top=TOP)]
-            for i in range(logits.shape[1] if logits.ndim == 3 else 0):
-                at = np.full(self.settings.slots, i, np.int32)
-                column = self._run(device.pick, logits, at), tokens[:, i]
-                reports.append(self._run(device.report, *column, top=TOP))
+        wanted = any(work.reader.wanted for work in works.values())
+        reports = self._rows.reports(logits, tokens) if wanted else []
         step = Step(self._next(), tokens, works, logits, reports, masked, drafts or {})
         self._sent.append(step)
         self._counts["steps_total"] += 1
@@ -425,16 +385,10 @@ class Engine:
         table = np.full((self.settings.slots, self.settings.drafts), -1, np.int32)
         for slot, draft in drafts.items():
             # a row that ends by its length has no room beyond it
-            room = self._context - self._running[slot].length
+            room = self._sizes.context - self._running[slot].length
             del draft[max(room, 0) :]
             table[slot, : len(draft)] = draft
-        self._slots, logits = self._run(
-            device.advance_drafts, self.model.params, self._slots, table, self._tables,
-            config=self.model.config,
-        )  # fmt: skip
-        self._slots, tokens = self._run(
-            device.choose_drafts, self._slots, logits, table, self._everything
-        )
+        logits, tokens = self._rows.check_drafts(table)
         counts = {slot: len(draft) for slot, draft in drafts.items()}
         self._counts["draft_tokens_total"] += sum(counts.values())
         self._sent_choices(logits, tokens, dict(self._running), frozenset(), counts)
@@ -443,7 +397,7 @@ class Engine:
         """What the grammars of these rows allow, all for the others; ends those that cannot go
         on.
         """
-        allowed = np.full((self.settings.slots, self._words), 0xFFFFFFFF, np.uint32)
+        allowed = self._rows.all_allowed()
         for slot, work in works.items():
             assert work.mask is not None
             work.mask.fill(allowed[slot])
@@ -466,7 +420,7 @@ class Engine:
             for column, token in enumerate(row):
                 if token == -1 or work.over:
                     break
-                if token == device.BROKEN:
+                if token == BROKEN:
                     error = GptOssError("the model's logits are not numbers")
                     self._end(work, Failure(error), broken=True)
                 elif self._accept(work, token, slot in step.masked):
@@ -506,8 +460,8 @@ class Engine:
         allowed = self._allowed(works)
         logits = step.logits
         if logits.ndim == 3:
-            logits = self._run(device.pick, logits, at)
-        self._slots, chosen = self._run(device.redo, self._slots, logits, allowed, length, back)
+            logits = self._rows.pick(logits, at)
+        chosen = self._rows.redo(logits, allowed, length, back)
         for work in works.values():
             work.valid_from = self._number
         self._sent_choices(logits, chosen, works, frozenset(works))
@@ -541,10 +495,7 @@ class Engine:
         del self._works[work.slot], work.job.works[work.index]
         if broken:
             self._table.forget(work.job.pages)
-            self._slots = self._run(device.erase, self._slots, np.int32(work.slot))
-        free = np.zeros(self.settings.slots, bool)
-        free[work.slot] = True
-        self._slots = self._run(device.release, self._slots, free)
+        self._rows.release(work.slot, broken)
         heapq.heappush(self._free, work.slot)
         work.tell(piece)
 
@@ -579,7 +530,8 @@ class Engine:
             work.job.works.pop(work.index, None)
             work.tell(Failure(error))
         try:
-            self._empty_state()
+            self._rows.reset()
+            self._begin()
         except Exception as last:
             with self._lock:
                 self._closing = True
@@ -595,14 +547,9 @@ class Engine:
             return False
         return True
 
-    def _empty_state(self) -> None:
-        m = self.model
-        dtype = jnp.dtype(m.params["embedding"].dtype)
-        self._slots = self._run(
-            device.make, m.config, self.settings.slots, self._context, self._back, dtype
-        )
-        self._pool = self._run(pages.make, m.config, max(self._pages, 1), self._chunk, dtype)
-        self._table = pages.PageTable(self._pages)
+    def _begin(self) -> None:
+        """What is known of rows and pages that are all free."""
+        self._table = pages.PageTable(self._sizes.pages)
         self._free = list(range(self.settings.slots))
         self._sent: collections.deque[Step] = collections.deque()
         self._number = self._turns = 0
@@ -615,116 +562,11 @@ class Engine:
         self._number += 1
         return self._number - 1
 
-    def _run(self, program, *arguments, **keywords) -> Any:
-        return self.model._on_mesh(program, *arguments, **keywords)
-
-    def _put(self, x: np.ndarray) -> jax.Array:
-        if self.model.mesh is None:
-            return jnp.asarray(x)
-        return sharding.put(x, "B" + "_" * (x.ndim - 1), self.model.mesh)
-
-    def _replicated(self, x: np.ndarray) -> jax.Array:
-        if self.model.mesh is None:
-            return jnp.asarray(x)
-        return sharding.put(x, "_" * x.ndim, self.model.mesh)
-
     def _warm_up(self) -> None:
         if self._works or self._sent:
             raise GptOssError("warm_up: the engine is at work; warm it up before the first request")
-        rows, V = self.settings.slots, self.model.config.vocab_size
-        for width in self._lengths:
-            ids, place = np.zeros((1, width), np.int32), np.array([0, 0, 1, 0], np.int32)
-            self._slots, _ = self._run(
-                device.read, self.model.params, self._slots, ids, place, self._tables,
-                config=self.model.config,
-            )  # fmt: skip
-        place = np.array([0, 0, self._chunk], np.int32)
-        settings: dict[str, Any] = {"config": self.model.config, "size": self._chunk}
-        self._pool = self._run(pages.save, self._pool, self._slots, place, **settings)
-        self._slots = self._run(pages.restore, self._slots, self._pool, place, **settings)
-        given = device.start(0, np.zeros(1, np.int32), Sampling(), 0, 0, 0, V)
-        self._slots = self._run(device.admit, self._slots, given)
-        self._slots = self._run(device.copy, self._slots, np.array([0, rows - 1], np.int32))
-        self._slots, logits = self._run(
-            device.advance, self.model.params, self._slots, self._tables, config=self.model.config
-        )
-        self._slots, tokens = self._run(device.choose, self._slots, logits, self._everything)
-        allowed = self._allowed({})
-        self._slots, tokens = self._run(device.choose, self._slots, logits, allowed)
-        self._run(device.report, logits, tokens, top=TOP)
-        length, back = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self._slots, tokens = self._run(device.redo, self._slots, logits, allowed, length, back)
-        self._run(device.report, logits, tokens, top=TOP)
-        if self.settings.drafts:
-            table = np.zeros((rows, self.settings.drafts), np.int32)
-            self._slots, logits = self._run(
-                device.advance_drafts, self.model.params, self._slots, table, self._tables,
-                config=self.model.config,
-            )  # fmt: skip
-            self._slots, tokens = self._run(
-                device.choose_drafts, self._slots, logits, table, self._everything
-            )
-            one = self._run(device.pick, logits, back)
-            for i in range(tokens.shape[1]):
-                self._run(device.report, one, tokens[:, i], top=TOP)
-            self._slots, tokens = self._run(device.redo, self._slots, one, allowed, length, back)
-        self._slots = self._run(device.erase, self._slots, np.int32(0))
-        self._slots = self._run(device.release, self._slots, np.ones(rows, bool))
-        jax.block_until_ready(self._slots)
+        self._rows.warm_up()
 
 
 def _oldest(works: Sequence[Work], key) -> Work:
     return min(works, key=lambda work: work.job.order)
-
-
-def _sizes(model: Model, settings: EngineSettings) -> tuple[int, int, int]:
-    """Context of a row, tokens of a chunk, number of pages."""
-    config, rows = model.config, settings.slots
-    window = config.sliding_window
-    context = settings.max_context or model.max_context
-    usual = min(-(-CHUNK // window), max(context // window, 1)) * window
-    chunk = settings.chunk or usual
-    if chunk % window:
-        raise GptOssError(f"chunk is {chunk}: expected a multiple of the window, {window}")
-    itemsize = model.params["embedding"].dtype.itemsize
-    free, copies = _free_bytes(model, rows)
-
-    def needed(context: int) -> int:
-        back = max(BACK, settings.drafts + 1)
-        return cache_bytes(config, rows, context, itemsize, back) // copies
-
-    if not 0 < context <= model.max_context:
-        raise GptOssError(
-            f"max_context is {context}: this model's context is 1 to {model.max_context}"
-        )
-    while settings.max_context is None and context > LEAST_CONTEXT and needed(context) > free:
-        context //= 2
-    if needed(context) > free:
-        raise GptOssError(
-            f"{rows} slots of {context} tokens need {needed(context) / 1e9:.1f} GB of cache, "
-            f"{free / 1e9:.1f} GB are free: use fewer slots or a smaller max_context"
-        )
-    if chunk > context:
-        raise GptOssError(f"chunk is {chunk}: expected at most the context, {context}")
-    count = settings.pages
-    if count is None:
-        count = needed(context) * copies // (4 * cache_bytes(config, 1, chunk, itemsize))
-    return context, chunk, count
-
-
-def _free_bytes(model: Model, rows: int) -> tuple[float, int]:
-    """Memory of a device that the cache may take, and over how many the cache is spread."""
-    device, copies = jax.devices()[0], 1
-    if model.mesh is not None:
-        device = model.mesh.devices.flat[0]
-        axes = ("tensor", *sharding.batch_axes(rows, model.mesh))
-        copies = math.prod(model.mesh.shape[axis] for axis in axes)
-    memory = device.memory_stats() or {}
-    if "bytes_limit" in memory:
-        return 0.8 * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)), copies
-    found = re.search(r"MemAvailable: +(\d+)", _text(Path("/proc/meminfo")))
-    return 0.5 * (int(found[1]) << 10 if found else UNKNOWN_MEMORY), copies
-
-
-def _text(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
