@@ -384,6 +384,8 @@ def test_bad_files_and_options(engines, tmp_path, capsys):
     assert "--actors and --actor-resources need --ray" in refused("--actors", "2")
     assert "expected a date as YYYY-MM-DD, got 'today'" in refused("--date", "today")
     assert "--adapter x: give each as NAME=FOLDER" in refused("--adapter", "x")
+    assert "./no: no such folder" in refused("--model", "./no", out="new")
+    assert not (tmp_path / "new").exists()
     assert not engines.made
 
 
@@ -453,6 +455,14 @@ def test_gpt_oss_tiny(tmp_path, capsys):
 )
 def test_ray_may_stand_alone(words, expected):
     assert batch.expand(words) == expected
+
+
+def test_an_address_where_no_cluster_is(engines, tmp_path, capsys):
+    pytest.importorskip("ray")
+    write(tmp_path, [line("a")])
+    assert run(tmp_path, "--ray", "127.0.0.1:1") == 1
+    assert "no Ray cluster at 127.0.0.1:1: start one" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_ray_that_is_not_there(engines, tmp_path, capsys, monkeypatch):

@@ -98,8 +98,8 @@ def run(arguments: Arguments) -> int:
         way: _Here | _OnRay = _Here(arguments)
         if arguments.ray is not None:
             way = _OnRay(arguments, stack)
-        folder = _folder(arguments.output)
         wanted = _record(arguments, way.fingerprint(), sha256, len(lines))
+        folder = _folder(arguments.output)
         output, errors = _open(arguments, folder, [line.custom_id for line in lines], wanted)
         stack.callback(output.close)
         stack.callback(errors.close)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,13 @@ def cluster(address: str) -> Iterator[None]:
         import ray
     except ImportError:
         raise GptOssError("--ray needs Ray: pip install 'gptoss_jax[ray]'") from None
+    _reached(address or os.environ.get("RAY_ADDRESS", ""))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         ray.init(address or "auto", **quiet)
     except ConnectionError:
         if address or os.environ.get("RAY_ADDRESS"):
-            where = address or os.environ["RAY_ADDRESS"]
-            raise GptOssError(
-                f"no Ray cluster at {where}: start one (ray start --head), or leave the address out"
-            ) from None
+            raise _nothing_at(address or os.environ["RAY_ADDRESS"]) from None
         ray.init("local", include_dashboard=False, object_store_memory=MEMORY, **quiet)
     import ray.data
 
@@ -175,6 +174,23 @@ def cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reached(address: str) -> None:
+    """Refuses an address where nobody listens; Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError:
+        raise _nothing_at(address) from None
+
+
+def _nothing_at(address: str) -> GptOssError:
+    return GptOssError(
+        f"no Ray cluster at {address}: start one (ray start --head), or leave the address out"
+    )
 
 
 def resources_of(text: str | None) -> dict[str, float]:
