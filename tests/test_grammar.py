@@ -81,7 +81,9 @@ def accepts(grammar, text, tokenizer=TINY, ended=True):
 class Driver:
     """A model that knows nothing: random logits at temperature 1.5, with some weight on what closes."""
 
-    def __init__(self, tokenizer, seed, closing=6.0):
+    def __init__(self, tokenizer, seed, closing=None):
+        if closing is None:  # one in ten, whatever the size of the vocabulary
+            closing = 1.5 * (np.log(tokenizer.vocab_size) - 2)
         self.tokenizer, self.draw = tokenizer, np.random.default_rng(seed)
         self.noise = self.draw.gumbel(size=2 * tokenizer.vocab_size)
         self.logits = np.zeros(tokenizer.vocab_size)
@@ -137,7 +139,7 @@ def test_random_schemas_hold(tokenizer, count):
 @pytest.mark.slow
 def test_two_thousand_schemas_hold():
     ended, cut, refused = run_schemas(FULL, range(2000), 250)
-    assert ended > 1200
+    assert ended > 1000
     assert ended + cut + refused == 2000
 
 
@@ -462,7 +464,7 @@ def test_thoughts_come_to_an_end():
 
 def test_random_calls_are_harmony():
     grammar = completion_grammar(TINY, [STRICT, NOW], "required")
-    driver, ended = Driver(TINY, 3, closing=9.0), 0
+    driver, ended = Driver(TINY, 3), 0
     for _ in range(12):
         ids, whole = driver.finish(grammar, limit=600)
         if whole:
