@@ -3,6 +3,8 @@
 import asyncio
 import json
 
+import jax
+import numpy as np
 import openai
 import pydantic
 import pytest
@@ -10,6 +12,8 @@ from load_serving import load
 from serving import DATE, served
 
 import gptoss_jax as gj
+from gptoss_jax import adapters, lora
+from gptoss_jax.adapters import peft
 from gptoss_jax.batching import Engine, EngineSettings
 from gptoss_jax.chat import Chat
 from gptoss_jax.server.app import create_app
@@ -19,8 +23,16 @@ QUESTION = [{"role": "user", "content": "What is 7 + 5?"}]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return gj.load("gpt-oss-tiny", max_context=512)
+def model(tmp_path_factory):
+    """gpt-oss-tiny, and an adapter of noise that makes it write something else."""
+    config = gj.load("gpt-oss-tiny").config
+    settings = lora.LoraConfig(rank=2)
+    draw = np.random.default_rng(0)
+    shapes = lora.shapes(config, settings)
+    tree = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 3, shapes)
+    folder = tmp_path_factory.mktemp("noise")
+    peft.export(folder, adapters.Adapter(tree, settings), config)
+    return gj.load("gpt-oss-tiny", max_context=512, adapters={"noise": folder})
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +61,25 @@ def test_the_answer_is_that_of_chat(api, model):
         model="gpt-oss-tiny", messages=QUESTION, temperature=0, stream=True
     )
     assert "".join(part.choices[0].delta.content or "" for part in parts) == reply.final
+
+
+def test_an_adapter_is_a_model(api, model):
+    def ask(name):
+        answer = api.chat.completions.create(
+            model=name, messages=QUESTION, temperature=0, max_tokens=24, logprobs=True
+        )
+        return answer.choices[0].message.content, answer.model
+
+    def alone(adapter):
+        sampling = gj.Sampling(temperature=0)
+        chat = Chat(model, date=DATE, sampling=sampling, max_new_tokens=24, adapter=adapter)
+        reply = chat.send("What is 7 + 5?")
+        return "\n".join(text for text in (reply.preamble, reply.final) if text)
+
+    assert [name.id for name in api.models.list()] == ["gpt-oss-tiny", "noise"]
+    assert ask("noise") == (alone("noise"), "noise")
+    assert ask("gpt-oss-tiny") == (alone(None), "gpt-oss-tiny")
+    assert ask("noise")[0] != ask("gpt-oss-tiny")[0]
 
 
 def test_a_sum_by_a_tool(api):
