@@ -103,9 +103,7 @@ def summed(chunks, number=0):
 @contextlib.contextmanager
 def served(app, **config):
     """The application behind a port of this machine; yields its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", lifespan="on", **config)
-    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on", **config))
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

@@ -97,11 +97,9 @@ def test_the_text_of_control_tokens_stays_text(server):
 
 
 @given(st.lists(st.one_of(st.sampled_from(CONTROL), st.sampled_from(WORDS)), max_size=40))
-@settings(max_examples=150, deadline=None)
-def test_any_tokens_have_a_result(ids):
-    app, engine = app_of([])
-    choice, chunks = asyncio.run(both(app, engine, ids))
-    engine.close()
+@settings(max_examples=100, deadline=None)
+def test_any_tokens_have_a_result(server, ids):
+    choice, chunks = asyncio.run(both(*server, ids))
     first = next((i for i, token in enumerate(ids) if token in FULL.stop_ids), None)
     parsed = parse(ids if first is None else ids[: first + 1], FULL, ["calc"])
     messages = [
