@@ -133,7 +133,7 @@ def _check(arguments: Arguments) -> None:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, also where that is ignored, as in the background of a shell."""
+    """SIGTERM does what Ctrl-C does, also where that is ignored (in the background of a shell)."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
