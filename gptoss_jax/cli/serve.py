@@ -129,6 +129,8 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
 def _engine(arguments: Arguments) -> Any:
     model = load_model(arguments.model, adapters=_adapters(arguments.adapter))
     from gptoss_jax.batching import Engine, EngineSettings
+    from gptoss_jax.chat.grammar import completion_grammar
+    from gptoss_jax.chat.messages import ResponseFormat
     from gptoss_jax.chat.render import harmony
 
     name = arguments.name
@@ -140,6 +142,8 @@ def _engine(arguments: Arguments) -> Any:
         engine = Engine(model, EngineSettings(**sizes, drafts=arguments.drafts))
         engine.warm_up()
         harmony()
+        # the vocabulary as a grammar reads it takes seconds, the first time
+        completion_grammar(engine.tokenizer, response_format=ResponseFormat({"type": "object"}))
     return engine
 
 
