@@ -26,7 +26,7 @@ from gptoss_jax.cli.answers import Answers, fingerprint, replace
 from gptoss_jax.cli.batch_progress import Progress
 from gptoss_jax.cli.batches import own_seed
 from gptoss_jax.cli.loading import TINY, ModelArguments, load_model, note, working
-from gptoss_jax.cli.serve import NEEDED, _adapters
+from gptoss_jax.cli.serve import NEEDED, adapter_folders
 from gptoss_jax.errors import GptOssError
 
 ADOPTED = ("seed", "date", "dtype")  # a continued run has those of its beginning
@@ -165,7 +165,7 @@ def _record(arguments: Arguments, model: str, sha256: str, requests: int) -> dic
 
     found = {
         name: fingerprint(adapters.locate(folder))
-        for name, folder in _adapters(arguments.adapter).items()
+        for name, folder in adapter_folders(arguments.adapter).items()
     }
     settings = {
         "name": _name(arguments),
@@ -283,7 +283,7 @@ class _Here:
 
         arguments = self.arguments
         options = dataclasses.replace(arguments.model, dtype=settings["dtype"])
-        model = load_model(options, arguments.json, adapters=_adapters(arguments.adapter))
+        model = load_model(options, arguments.json, adapters=adapter_folders(arguments.adapter))
         self.dtype = model.params["embedding"].dtype.name
         model = dataclasses.replace(model, name=_name(arguments))
         with working("compiling"):
@@ -350,7 +350,8 @@ class _OnRay:
             revision=options.revision,
             offline=options.offline,
             adapters={
-                name: str(folder.resolve()) for name, folder in _adapters(arguments.adapter).items()
+                name: str(folder.resolve())
+                for name, folder in adapter_folders(arguments.adapter).items()
             },
             slots=arguments.slots,
             date=settings["date"],

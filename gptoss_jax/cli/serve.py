@@ -116,7 +116,8 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
+def adapter_folders(given: tuple[str, ...]) -> dict[str, Path]:
+    """Name -> folder of `--adapter NAME=FOLDER`."""
     out: dict[str, Path] = {}
     for text in given:
         name, _, folder = text.partition("=")
@@ -127,7 +128,7 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _engine(arguments: Arguments) -> Any:
-    model = load_model(arguments.model, adapters=_adapters(arguments.adapter))
+    model = load_model(arguments.model, adapters=adapter_folders(arguments.adapter))
     from gptoss_jax.batching import Engine, EngineSettings
     from gptoss_jax.chat.grammar import completion_grammar
     from gptoss_jax.chat.messages import ResponseFormat
