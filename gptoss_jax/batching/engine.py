@@ -28,6 +28,7 @@ from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.tokenizer import Tokenizer
 
+ENDS = 3  # of prompts that are read besides a chunk, while few rows generate
 AHEAD = 2  # steps that are sent before the first of them is read,
 LOST = 0.12  # fewer when grammars would waste more than this share of them
 HOPELESS = 0.6  # a grammar that accepts less gets its mask before the choice,
@@ -290,26 +291,32 @@ class Engine:
         return 0
 
     def _send_chunk(self) -> None:
-        """Reads on in a prompt: by turns the oldest and the one with the least left."""
-        budget = self._sizes.chunk
-        while self._reading and budget > 0:
-            self._turns += 1
-            choose = min if self._turns % 2 else _oldest
-            work = choose(self._reading, key=lambda work: work.left)
-            self._restore(work)
-            if work.left > 0:
-                count = min(work.left, self._sizes.chunk)
-                if self._rows.width(count) > budget:
-                    break
-                budget -= self._rows.width(count)
-                part = work.job.prompt[work.done : work.done + count]
-                wait = self._rows.read(work.slot, work.done, part, work.job.adapter)
-                self._sent.append(Step(self._next(), wait))
-                work.done += count
-                self._save(work)
-            if work.left == 0:
-                self._reading.remove(work)
-                self._start(work)
+        """Reads on in a prompt: by turns the oldest and the one with the least left. While more
+        prompts wait to be read than rows generate, also the ends of a few others.
+        """
+        if not self._reading:
+            return
+        self._turns += 1
+        choose = min if self._turns % 2 else _oldest
+        self._read_on(choose(self._reading, key=lambda work: work.left))
+        if len(self._reading) > len(self._running):
+            short = [work for work in self._reading if work.left <= self._sizes.chunk]
+            for work in short[:ENDS]:
+                self._read_on(work)
+
+    def _read_on(self, work: Work) -> None:
+        """Sends one chunk of a prompt, and lets it generate after its last one."""
+        self._restore(work)
+        if work.left > 0:
+            count = min(work.left, self._sizes.chunk)
+            part = work.job.prompt[work.done : work.done + count]
+            wait = self._rows.read(work.slot, work.done, part, work.job.adapter)
+            self._sent.append(Step(self._next(), wait))
+            work.done += count
+            self._save(work)
+        if work.left == 0:
+            self._reading.remove(work)
+            self._start(work)
 
     def _restore(self, work: Work) -> None:
         """Copies the pages that are there already, in the place of reading them."""

@@ -16,7 +16,7 @@ from gptoss_jax.batching.sizes import Sizes
 from gptoss_jax.engine import Model
 from gptoss_jax.sampling import Sampling
 
-SHORT = 32  # chunks of at most this are compiled too, for the ends of prompts
+SHORT = (32, 64)  # shorter chunks are compiled too, for the ends of prompts
 TOP = 20  # most likeliest tokens that a request may ask for
 
 
@@ -30,7 +30,7 @@ class Rows:
 
     def __init__(self, model: Model, sizes: Sizes):
         self.model, self.sizes = model, sizes
-        self.widths = (SHORT, sizes.chunk) if sizes.chunk > SHORT else (sizes.chunk,)
+        self.widths = (*(n for n in SHORT if n < sizes.chunk), sizes.chunk)
         self._everything = self._put(self.all_allowed(), "B_")
         self._tables = device.tables(model.adapters, lambda x: self._put(x, "__"))
         self.reset()
