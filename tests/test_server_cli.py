@@ -162,14 +162,27 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys):
     assert "gpt-oss-tiny" not in said
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
-    import importlib.util
+WITHOUT = """
+import sys
+for finder in sys.meta_path:
+    def find(name, *rest, known=finder.find_spec):
+        return None if name.split(".")[0] in ("fastapi", "starlette") else known(name, *rest)
+    finder.find_spec = find
+from gptoss_jax.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
 
-    from gptoss_jax.cli.main import main
 
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "uvicorn" else find(name, *a)
+@pytest.mark.parametrize("command", [["serve"], ["batch", "in.jsonl", "out"]])
+def test_without_the_extra_it_says_what_to_install(command, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert main(["serve"]) == 1
-    assert "pip install 'gptoss_jax[serve]'" in capsys.readouterr().err
+    assert ran.returncode == 1
+    said = f"gptoss {command[0]}: it needs fastapi: pip install 'gptoss_jax[serve]'"
+    assert ran.stderr.strip().endswith(said)
+    assert len(ran.stderr.strip().splitlines()) == 1

@@ -9,7 +9,6 @@ interrupted. Malformed lines are refused before anything begins.
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import re
 import secrets
@@ -26,7 +25,7 @@ from gptoss_jax.cli.answers import Answers, fingerprint, replace
 from gptoss_jax.cli.batch_progress import Progress
 from gptoss_jax.cli.batches import own_seed
 from gptoss_jax.cli.loading import TINY, ModelArguments, load_model, note, working
-from gptoss_jax.cli.serve import NEEDED, adapter_folders
+from gptoss_jax.cli.serve import adapter_folders, check_installed
 from gptoss_jax.errors import GptOssError
 
 ADOPTED = ("seed", "date", "dtype")  # a continued run has those of its beginning
@@ -89,9 +88,9 @@ def expand(argv: list[str]) -> list[str]:
 
 def run(arguments: Arguments) -> int:
     """Answers what is not answered yet; 1 if requests failed."""
+    _check(arguments)
     from gptoss_jax.server import batch_lines
 
-    _check(arguments)
     lines, sha256 = batch_lines.read_lines(arguments.input)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_terminated())
@@ -115,11 +114,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise GptOssError(
-            f"gptoss batch needs {', '.join(missing)}: pip install 'gptoss_jax[serve]'"
-        )
+    check_installed()
     if arguments.ray is None and (arguments.actors or arguments.actor_resources):
         raise GptOssError("--actors and --actor-resources need --ray")
     for name in ("slots", "actors"):

@@ -69,11 +69,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     """Loads the model, serves until a signal comes."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise GptOssError(
-            f"gptoss serve needs {', '.join(missing)}: pip install 'gptoss_jax[serve]'"
-        )
+    check_installed()
     from gptoss_jax.server.security import check_exposure, read_keys
 
     keys = read_keys(arguments.api_key_file)
@@ -114,6 +110,13 @@ def bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port} ({error}): give another --host or --port"
         ) from None
     return sock
+
+
+def check_installed() -> None:
+    """Refuses to begin without the libraries of the extra [serve]."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise GptOssError(f"it needs {', '.join(missing)}: pip install 'gptoss_jax[serve]'")
 
 
 def adapter_folders(given: tuple[str, ...]) -> dict[str, Path]:
