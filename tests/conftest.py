@@ -2,7 +2,9 @@
 checked where they pass.
 """
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -18,6 +20,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes and types of annotated arguments are checked in the tests only.
 install_import_hook(["gptoss_jax.ops", "gptoss_jax.model"], "beartype.beartype")
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = (
+    30_000  # Linux allows a process 65,530; a file's compiled programs take up to 10,000
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Lets go of compiled programs before the process has as many mappings as it may have: beyond
+    that, allocation fails and the process ends in a segmentation fault.
+    """
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_text().count("\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):
