@@ -15,17 +15,19 @@ from gptoss_jax.server.conversation import Turn
 from gptoss_jax.server.errors import bad
 from gptoss_jax.server.parameters import (
     Count,
+    Name,
+    ObjectFormat,
     SamplingBody,
     StreamOptions,
     Strict,
     StructuredOutputs,
+    TextFormat,
     check_schema,
     guide_of,
     read_json,
 )
 from gptoss_jax.server.settings import ServerSettings
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Effort = Literal["low", "medium", "high"]
 
 
@@ -173,18 +175,6 @@ class JsonSchema(Strict):
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
-
-
-class TextFormat(Strict):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class ObjectFormat(Strict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
 
 
 class SchemaFormat(Strict):

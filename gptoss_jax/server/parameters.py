@@ -23,6 +23,7 @@ from gptoss_jax.server.settings import ServerSettings
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Strict(BaseModel):
@@ -47,7 +48,19 @@ class Body(Strict):
         }
 
 
-class SamplingBody(Body):
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class GeneratingBody(Body):
     """How tokens are chosen, in all endpoints that generate."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -59,19 +72,13 @@ class SamplingBody(Body):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
-    n: Count | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
-    max_tokens: Count | None = None
     priority: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stream: bool | None = None
     user: str | None = None
 
     def sampling(self, settings: ServerSettings, vocab_size: int, **more: Any) -> Sampling:
-        """The engine's settings; ApiError if they go beyond the server's limits."""
-        n = self.n or 1
-        if n > settings.max_n:
-            raise bad(f"parameter 'n' is {n}: this server allows at most {settings.max_n}", "n")
+        """The engine's settings, and `more` of them; ApiError if they cannot be."""
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
@@ -95,20 +102,8 @@ class SamplingBody(Body):
                     "logit_bias",
                 )
             bias[int(key)] = value
-        for token in self.stop_token_ids or ():
-            if token >= vocab_size:
-                raise bad(
-                    f"stop_token_ids: {token} is no token id: use 0 to {vocab_size - 1}",
-                    "stop_token_ids",
-                )
-        ids = tuple(self.stop_token_ids or ())
-        if len(ids) > settings.max_stops:
-            raise bad(
-                f"stop_token_ids has {len(ids)} entries: at most {settings.max_stops}",
-                "stop_token_ids",
-            )
         try:
-            return Sampling(n=n, logit_bias=bias, stop_token_ids=ids, **values, **more)
+            return Sampling(logit_bias=bias, **values, **more)
         except GptOssError as error:
             raise bad(str(error), str(error).split(" ", 1)[0].split("[", 1)[0]) from None
 
@@ -125,6 +120,33 @@ class SamplingBody(Body):
                     "stop",
                 )
         return stops
+
+
+class SamplingBody(GeneratingBody):
+    """The same, of completions: there may be several, and ids may end them."""
+
+    n: Count | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    max_tokens: Count | None = None
+
+    def sampling(self, settings: ServerSettings, vocab_size: int, **more: Any) -> Sampling:
+        """The engine's settings; ApiError if they go beyond the server's limits."""
+        n = self.n or 1
+        if n > settings.max_n:
+            raise bad(f"parameter 'n' is {n}: this server allows at most {settings.max_n}", "n")
+        for token in self.stop_token_ids or ():
+            if token >= vocab_size:
+                raise bad(
+                    f"stop_token_ids: {token} is no token id: use 0 to {vocab_size - 1}",
+                    "stop_token_ids",
+                )
+        ids = tuple(self.stop_token_ids or ())
+        if len(ids) > settings.max_stops:
+            raise bad(
+                f"stop_token_ids has {len(ids)} entries: at most {settings.max_stops}",
+                "stop_token_ids",
+            )
+        return super().sampling(settings, vocab_size, n=n, stop_token_ids=ids, **more)
 
 
 class StreamOptions(Strict):

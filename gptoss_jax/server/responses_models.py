@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gptoss_jax.server.errors import bad
-from gptoss_jax.server.parameters import Body, Count, Number, Seed, Strict
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+from gptoss_jax.server.parameters import (
+    Count,
+    GeneratingBody,
+    Name,
+    ObjectFormat,
+    Strict,
+    TextFormat,
+)
 
 REFUSED = {
     "access_programs": "there are none here",
@@ -42,18 +47,6 @@ class Reasoning(Strict):
     generate_summary: Literal["auto"] | None = None
     context: Literal["auto", "current_turn"] | None = None
     mode: Literal["standard"] | None = None
-
-
-class TextFormat(Strict):
-    """Free text."""
-
-    type: Literal["text"]
-
-
-class ObjectFormat(Strict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
 
 
 class SchemaFormat(Strict):
@@ -115,7 +108,7 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class CreateResponse(Body):
+class CreateResponse(GeneratingBody):
     """A response to make.
 
     Accepted without effect, and shown again: user, safety_identifier, prompt_cache_key,
@@ -134,7 +127,6 @@ class CreateResponse(Body):
     previous_response_id: str | None = None
     store: bool | None = None
     background: bool | None = None
-    stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
         None
@@ -146,8 +138,6 @@ class CreateResponse(Body):
     parallel_tool_calls: bool | None = None
     max_tool_calls: Count | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     truncation: Literal["disabled"] | None = None
     metadata: (
@@ -160,22 +150,12 @@ class CreateResponse(Body):
         ]
         | None
     ) = None
-    user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: (
         Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None
     ) = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    seed: Seed | None = None
-    stop: str | list[str] | None = None
-    priority: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
     @model_validator(mode="before")
     @classmethod

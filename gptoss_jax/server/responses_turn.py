@@ -9,28 +9,14 @@ from typing import Any
 from gptoss_jax.chat.messages import ChatSettings, Message, ResponseFormat, Tool
 from gptoss_jax.server.conversation import Turn
 from gptoss_jax.server.errors import bad
-from gptoss_jax.server.parameters import SamplingBody, check_schema
+from gptoss_jax.server.parameters import ObjectFormat, check_schema
 from gptoss_jax.server.responses_models import (
     AllowedTools,
     CreateResponse,
     NamedFunction,
-    ObjectFormat,
     SchemaFormat,
 )
 from gptoss_jax.server.settings import ServerSettings
-
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-)
 
 
 def check_together(body: CreateResponse) -> None:
@@ -64,7 +50,6 @@ def turn_of(
     if top > settings.max_top_logprobs:
         raise bad(f"top_logprobs is {top}: at most {settings.max_top_logprobs}", "top_logprobs")
     logprobs = top > 0 or "message.output_text.logprobs" in (body.include or ())
-    sampling = SamplingBody.model_validate({name: getattr(body, name) for name in _SAMPLING})
     effort = body.reasoning.effort if body.reasoning is not None else None
     return Turn(
         messages,
@@ -77,8 +62,8 @@ def turn_of(
         ),
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        sampling=sampling.sampling(settings, vocab_size, logprobs=logprobs, top_logprobs=top),
-        stop=sampling.stops(settings),
+        sampling=body.sampling(settings, vocab_size, logprobs=logprobs, top_logprobs=top),
+        stop=body.stops(settings),
         max_new_tokens=body.max_output_tokens,
         adapter=adapter,
         priority=body.priority or 0,
