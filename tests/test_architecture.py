@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gptoss_jax"
 FLOORS = [
     {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "cluster", "hosts", "libtpu"},
     {"kernels", "ops"},
-    {"cache", "model", "lora"},
+    {"cache", "model", "lora", "bounds"},
     {"checkpoint", "hub", "tokenizer", "adapters"},
     {"sampling", "steps", "stops", "completions", "engine", "batching"},
     {"chat", "tools"},
@@ -26,7 +26,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = {
     ("config", "errors"), ("dims", "config"), ("mxfp4", "errors"), ("hf_names", "errors"), ("sharding", "errors"), ("cluster", "errors"), ("hosts", "errors"), ("hosts", "cluster"),
     ("hf_names", "config"), ("hf_names", "mxfp4"), ("hf_names", "dims"), ("sharding", "dims"), ("sharding", "config"),
-    ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("checkpoint", "hub"),
+    ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("bounds", "cache"), ("bounds", "model"), ("checkpoint", "hub"),
     ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"), ("completions", "sampling"), ("completions", "stops"), ("engine", "completions"), ("batching", "completions"),
     ("batching", "sampling"), ("batching", "steps"), ("batching", "engine"), ("batching", "stops"),
     ("checkpoint", "tokenizer"), ("adapters", "checkpoint"),

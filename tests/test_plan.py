@@ -13,12 +13,12 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
-from gptoss_jax import plan, sharding
+from gptoss_jax import bounds, plan, sharding
 from gptoss_jax.cache import cache_bytes
 from gptoss_jax.cli import main
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.plan import bounds, hardware, programs
+from gptoss_jax.plan import hardware, programs
 from gptoss_jax.plan.hlo import collectives
 
 SMALL, LARGE = GptOssConfig.preset("gpt-oss-20b"), GptOssConfig.preset("gpt-oss-120b")

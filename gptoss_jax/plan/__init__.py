@@ -9,13 +9,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from gptoss_jax import sharding
+from gptoss_jax import bounds, sharding
+from gptoss_jax.bounds import Work
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import CHUNKS
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.ops.attention import QUERY_BLOCK, SCORES_LIMIT
-from gptoss_jax.plan import bounds, hardware, programs
-from gptoss_jax.plan.bounds import Work
+from gptoss_jax.plan import hardware, programs
 from gptoss_jax.plan.hardware import Topology
 from gptoss_jax.plan.programs import DoesNotFit, Program, Training
 

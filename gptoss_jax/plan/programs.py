@@ -21,13 +21,13 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptoss_jax import libtpu, sharding, steps
+from gptoss_jax.bounds import leaves
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import CHUNKS, DECODE
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
-from gptoss_jax.plan.bounds import leaves
 from gptoss_jax.plan.hardware import Topology
 from gptoss_jax.plan.hlo import collectives
 from gptoss_jax.sampling import Sampling, to_arrays

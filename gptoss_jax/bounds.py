@@ -9,6 +9,7 @@ busiest device is the mean of a fixed simulation.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +66,10 @@ def parts(spec: PartitionSpec, sizes: dict[str, int]) -> int:
 
 @functools.lru_cache
 def leaves(
-    config: GptOssConfig, packed: bool
+    config: GptOssConfig, packed: bool, dtype: Any = jnp.bfloat16
 ) -> list[tuple[tuple, str, tuple[int, ...], np.dtype]]:
     """(path, letters, shape, dtype) of every array of the parameter tree; packed experts are two
-    arrays.
+    arrays, all others have `dtype`.
     """
     found = []
     for keys, axes in jax.tree_util.tree_flatten_with_path(letters(config))[0]:
@@ -81,25 +82,28 @@ def leaves(
                 ((*path, "scales"), axes[:-1] + "U", (*shape[:-1], blocks), u8),
             ]
         else:
-            found.append((path, axes, shape, np.dtype(jnp.bfloat16)))
+            found.append((path, axes, shape, np.dtype(dtype)))
     return found
 
 
-def weights(config: GptOssConfig, sizes: dict[str, int], packed: bool = True) -> Weights:
+def weights(
+    config: GptOssConfig, sizes: dict[str, int], packed: bool = True, dtype: Any = jnp.bfloat16
+) -> Weights:
     """Bytes of parameters on each device of a mesh.
 
     Args:
       config: The model.
       sizes: Mesh axis -> size.
-      packed: Experts in MXFP4; else bfloat16 throughout.
+      packed: Experts in MXFP4; else as all the rest.
+      dtype: Of the rest.
     """
     found = {"experts": 0, "embedding": 0, "rest": 0}
-    for path, axes, shape, dtype in leaves(config, packed):
+    for path, axes, shape, stored in leaves(config, packed, dtype):
         cut = parts(sharding.parameter_spec(path, axes), sizes)
         names = [key for key in path if isinstance(key, str)]
         kind = "experts" if set(names) & set(EXPERT_WEIGHTS) else names[0]
         kind = kind if kind in found else "rest"
-        found[kind] += math.prod(shape) * dtype.itemsize // cut
+        found[kind] += math.prod(shape) * stored.itemsize // cut
     return Weights(**found)
 
 
@@ -108,9 +112,16 @@ def rows_of(batch: int, sizes: dict[str, int]) -> int:
     return batch // math.prod(sizes[axis] for axis in sharding.batch_axes(batch, sizes))
 
 
-def cache(config: GptOssConfig, sizes: dict[str, int], batch: int, context: int) -> int:
-    """Bytes of the KV cache on one device, bfloat16."""
-    return cache_bytes(config, rows_of(batch, sizes), context) // sizes.get("tensor", 1)
+def cache(
+    config: GptOssConfig,
+    sizes: dict[str, int],
+    batch: int,
+    context: int,
+    dtype: Any = jnp.bfloat16,
+) -> int:
+    """Bytes of the KV cache on one device."""
+    held = cache_bytes(config, rows_of(batch, sizes), context, np.dtype(dtype).itemsize)
+    return held // sizes.get("tensor", 1)
 
 
 def busiest(config: GptOssConfig, sizes: dict[str, int], tokens: int) -> float:
@@ -137,6 +148,7 @@ def step(
     new: int,
     context: int,
     packed: bool = True,
+    dtype: Any = jnp.bfloat16,
 ) -> Work:
     """Least work of a step that reads `new` tokens of each row and ends at `context` tokens.
 
@@ -147,8 +159,9 @@ def step(
       new: Tokens of each row: 1 for decode.
       context: Tokens in the cache after it.
       packed: Experts in MXFP4.
+      dtype: Of all other weights, activations and cache.
     """
-    held = weights(config, sizes, packed)
+    held = weights(config, sizes, packed, dtype)
     tensor, groups = sizes.get("tensor", 1), sizes.get("expert", 1) * sizes.get("tensor", 1)
     rows = rows_of(batch, sizes)
     # rows that share experts: those of one copy of the model
@@ -156,7 +169,8 @@ def step(
     together = (batch // copies if batch % copies == 0 else batch) * new
     one = held.experts / (config.num_experts / groups)
     moved = held.rest + one * busiest(config, sizes, together)
-    moved += rows * new * config.hidden_size * 2 + cache(config, sizes, batch, context)
+    moved += rows * new * config.hidden_size * np.dtype(dtype).itemsize
+    moved += cache(config, sizes, batch, context, dtype)
     D, F, N, K = (
         config.hidden_size,
         config.intermediate_size,
