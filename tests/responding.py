@@ -1,32 +1,18 @@
-"""What the tests of /v1/responses share: clients, and OpenAI's own types as a strict check."""
+"""What the tests of /v1/responses share: requests, and OpenAI's own types as a strict check."""
 
-import contextlib
 import functools
 import itertools
 import json
 from typing import Annotated, get_args, get_origin
 
-import openai
 import pydantic
+import serving
 from fakes import harmony_ids
 from openai._models import BaseModel as OpenAIModel
 from openai.types import responses as shapes
-from serving import A, E, P, S, app_of, call, served
+from serving import ASKS
 
-WEATHER = {
-    "type": "function",
-    "name": "weather",
-    "description": "The weather of a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-    "strict": True,
-}
-BERN = json.dumps({"city": "Bern"})
-ASKS = f"{A}I need it.{E}{S}{P}I look.{E}{S}{call('weather', BERN)}"
+WEATHER = {"type": "function", **serving.WEATHER["function"], "strict": True}
 CUT = len(harmony_ids(ASKS)) - 3  # tokens of it that end inside the arguments
 BEGIN = ["created", "in_progress"]
 REASONING = ["output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done", "output_item.done"]  # fmt: skip
@@ -34,22 +20,6 @@ MESSAGE = ["output_item.added", "content_part.added", "output_text.delta", "outp
 CALL = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]  # fmt: skip
 # what OpenAI's types do not have, and OpenAI's service and ours send
 BESIDE = {"Response": {"store"}}
-
-
-@contextlib.contextmanager
-def clients():
-    """Makes clients of servers that replay scripts; with the engines."""
-    with contextlib.ExitStack() as stack:
-
-        def make(*scripts, settings=None, **engine):
-            app, made = app_of(*scripts, settings=settings, **engine)
-            stack.callback(made.close, 0)
-            address = stack.enter_context(served(app))
-            base = f"{address}/v1"
-            api = stack.enter_context(openai.OpenAI(base_url=base, api_key="none", max_retries=0))
-            return api, made
-
-        yield make
 
 
 adapter = functools.cache(pydantic.TypeAdapter)

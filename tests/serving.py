@@ -1,6 +1,7 @@
 """What the server's tests share: an application over a scripted engine, in this process or behind a
-port."""
+port, its clients, and an agent of OpenAI's SDK."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -8,6 +9,8 @@ import threading
 import time
 
 import httpx
+import openai
+import pytest
 import uvicorn
 from fakes import ScriptedEngine
 
@@ -41,6 +44,10 @@ def call(name, arguments, stop=C):
     return (
         f" to=functions.{name}<|channel|>commentary <|constrain|>json<|message|>{arguments}{stop}"
     )
+
+
+BERN = json.dumps({"city": "Bern"})
+ASKS = f"{A}I need it.{E}{S}{P}I look.{E}{S}{call('weather', BERN)}"
 
 
 def app_of(*scripts, settings=None, **engine):
@@ -121,9 +128,68 @@ def served(app, **config):
         assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def clients():
+    """Makes openai clients of servers that replay scripts; with the engines."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*scripts, key="none", settings=None, **engine):
+            app, made = app_of(*scripts, settings=settings, **engine)
+            base = f"{stack.enter_context(served(app))}/v1"
+            api = stack.enter_context(openai.OpenAI(base_url=base, api_key=key, max_retries=0))
+            return api, made
+
+        yield make
+
+
+def agent_does_a_tool_loop(monkeypatch, kind, streamed, **more):
+    """An agent of OpenAI's SDK asks for the weather, gets it and answers.
+
+    Args:
+      kind: Name of the SDK's model, which says what the agent speaks.
+      streamed: Does it read the model's events?
+      more: What the SDK's runner takes.
+
+    Returns:
+      The prompt that the model is given after the tool's result.
+    """
+    agents = pytest.importorskip("agents")
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+    agents.set_tracing_disabled(True)
+    asked = []
+
+    @agents.function_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        asked.append(city)
+        return f"rain in {city}"
+
+    app, engine = app_of(ASKS, f"{A}Done.{E}{S}{F}It rains.{R}")
+
+    async def go(address):
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as api:
+            model = getattr(agents, kind)("scripted", api)
+            agent = agents.Agent("guide", instructions="Be kind.", model=model, tools=[weather])
+            if not streamed:
+                return (await agents.Runner.run(agent, "Weather in Bern?", **more)).final_output
+            run = agents.Runner.run_streamed(agent, "Weather in Bern?", **more)
+            async for _ in run.stream_events():
+                pass
+            return run.final_output
+
+    with served(app) as address:
+        assert asyncio.run(go(address)) == "It rains."
+    assert asked == ["Bern"]
+    prompt = engine.tokenizer.decode(engine.requests[1].prompt)
+    assert "rain in Bern<|end|>" in prompt
+    assert "Be kind." in prompt
+    return prompt
+
+
 def until(condition, seconds=10.0):
-    """Waits until something holds."""
+    """Waits until something holds, and gives it."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it never became true"
         time.sleep(0.005)
+    return found

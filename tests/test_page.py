@@ -10,13 +10,12 @@ import html.parser
 import json
 import re
 import shutil
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import ScriptedEngine, harmony_ids
+from serving import served, until
 
 from gptoss_jax.server import page as files
 from gptoss_jax.server.app import create_app
@@ -48,29 +47,10 @@ def call(arguments: str, preamble: str = "", name: str = "calculator") -> str:
 @contextlib.contextmanager
 def serve(engine, **settings):
     """The server's address, while it runs in a thread."""
-    import uvicorn
-
     app = create_app(engine, ServerSettings(**settings))
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        engine.close(0)
-
-
-def until(condition, seconds: float = 10):
-    """Waits for a condition of the server's."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
-    return found
+    with served(app, ws="none", timeout_graceful_shutdown=1) as address:
+        yield address
+    engine.close(0)
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,19 @@ import pytest
 from fakes import harmony_ids
 from openai.types import responses as shapes
 from responding import (
-    ASKS,
     BEGIN,
-    BERN,
     CALL,
     CUT,
     MESSAGE,
     REASONING,
     WEATHER,
     ask,
-    clients,
     conforms,
     kinds,
     same,
     stream,
 )
-from serving import HELLO, A, E, F, R, S, call
+from serving import ASKS, BERN, HELLO, A, E, F, R, S, call, clients
 
 from gptoss_jax.tokenizer import load_tokenizer
 

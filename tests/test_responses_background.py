@@ -19,7 +19,6 @@ from responding import (
     MESSAGE,
     REASONING,
     ask,
-    clients,
     conforms,
     events_of,
     kinds,
@@ -27,7 +26,7 @@ from responding import (
     same,
     stream,
 )
-from serving import DATE, HELLO, A, E, F, R, S, app_of, served, until
+from serving import DATE, HELLO, A, E, F, R, S, app_of, clients, served, until
 
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.server.store import Store

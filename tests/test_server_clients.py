@@ -5,7 +5,22 @@ import json
 import openai
 import pydantic
 import pytest
-from serving import HELLO, USER, WEATHER, A, E, F, P, R, S, app_of, call, served, until
+from serving import (
+    ASKS,
+    BERN,
+    HELLO,
+    USER,
+    WEATHER,
+    A,
+    E,
+    F,
+    R,
+    S,
+    agent_does_a_tool_loop,
+    call,
+    clients,
+    until,
+)
 
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.tokenizer import load_tokenizer
@@ -15,18 +30,7 @@ FULL = load_tokenizer()
 
 @pytest.fixture
 def client():
-    """Makes clients of servers that replay scripts."""
-    import contextlib
-
-    with contextlib.ExitStack() as stack:
-
-        def make(*scripts, key="none", settings=None, **engine):
-            app, made = app_of(*scripts, settings=settings, **engine)
-            address = stack.enter_context(served(app))
-            base = f"{address}/v1"
-            out = stack.enter_context(openai.OpenAI(base_url=base, api_key=key, max_retries=0))
-            return out, made
-
+    with clients() as make:
         yield make
 
 
@@ -57,11 +61,8 @@ def test_stream(client):
 
 
 def test_stream_helper(client):
-    script = f"{A}Hm.{E}{S}{P}I look.{E}{S}{call('weather', json.dumps({'city': 'Bern'}))}"
-    api, _ = client(script, HELLO)
-    tools = json.loads(
-        json.dumps([WEATHER]).replace('"description"', '"strict": true, "description"')
-    )
+    api, _ = client(ASKS, HELLO)
+    tools = [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]
     with api.chat.completions.stream(model="scripted", messages=USER, tools=tools) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
@@ -105,7 +106,7 @@ def test_parse_into_pydantic(client):
 
 
 def test_a_tool_loop(client):
-    api, engine = client(call("weather", '{"city":"Bern"}'), f"{F}It rains in Bern.{R}")
+    api, engine = client(call("weather", BERN), f"{F}It rains in Bern.{R}")
     messages = list(USER)
     while True:
         answer = api.chat.completions.create(model="scripted", messages=messages, tools=[WEATHER])
@@ -180,39 +181,5 @@ def test_a_stopped_stream_cancels(client):
 
 
 def test_agents_sdk_does_a_tool_loop(monkeypatch):
-    agents = pytest.importorskip("agents")
-    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
-    agents.set_tracing_disabled(True)
-    asked = []
-
-    @agents.function_tool
-    def weather(city: str) -> str:
-        """The weather of a city."""
-        asked.append(city)
-        return f"rain in {city}"
-
-    import asyncio
-
-    script = f"{A}I need it.{E}{S}{P}I look.{E}{S}{call('weather', json.dumps({'city': 'Bern'}))}"
     for streamed in (False, True):
-        app, engine = app_of(script, f"{A}Done.{E}{S}{F}It rains.{R}")
-        with served(app) as address:
-
-            async def go(address=address, streamed=streamed):
-                async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as api:
-                    model = agents.OpenAIChatCompletionsModel("scripted", api)
-                    agent = agents.Agent(
-                        "guide", instructions="Be kind.", model=model, tools=[weather]
-                    )
-                    if not streamed:
-                        return (await agents.Runner.run(agent, "Weather in Bern?")).final_output
-                    result = agents.Runner.run_streamed(agent, "Weather in Bern?")
-                    async for _ in result.stream_events():
-                        pass
-                    return result.final_output
-
-            assert asyncio.run(go()) == "It rains."
-        second = FULL.decode(engine.requests[1].prompt)
-        assert "rain in Bern<|end|>" in second
-        assert "Be kind." in second
-    assert asked == ["Bern", "Bern"]
+        agent_does_a_tool_loop(monkeypatch, "OpenAIChatCompletionsModel", streamed)
