@@ -38,6 +38,15 @@ def few_mappings():
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def no_engine_outlives_its_test():
+    """Closes what a test made and did not close; what a module's fixture made stays."""
+    import fakes  # after the import hook
+
+    with fakes.closing():
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow proofs")
 

@@ -1,5 +1,6 @@
 """Stand-ins for a model in tests of what lies above it."""
 
+import contextlib
 import dataclasses
 import re
 import threading
@@ -70,6 +71,19 @@ class ScriptedModel:
         yield Piece([], finish_reason="stop" if stopped else "length", stop=last)
 
 
+OPEN: set["ScriptedEngine"] = set()  # those whose thread runs
+
+
+@contextlib.contextmanager
+def closing():
+    """Closes the scripted engines that were made in it."""
+    before = set(OPEN)
+    yield
+    for engine in OPEN - before:
+        engine.held.set()
+        engine.close(0)
+
+
 class ScriptedEngine:
     """Replays given completions behind the seam of batching/requests.py, in a thread of its own.
 
@@ -122,6 +136,7 @@ class ScriptedEngine:
         self.work = threading.Condition()
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
+        OPEN.add(self)
 
     def submit(self, request: Request, listener: Listener) -> "ScriptedGeneration":
         prompt = self.tokenizer.check(request.prompt)
@@ -178,6 +193,7 @@ class ScriptedEngine:
             self.closed = True
             self.work.notify_all()
         self.thread.join(10)
+        OPEN.discard(self)
 
     def _take(self, request: Request) -> list[list[int]]:
         n = request.sampling.n

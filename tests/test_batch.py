@@ -26,7 +26,9 @@ from gptoss_jax.cli.batches import own_seed
 from gptoss_jax.cli.main import main
 from gptoss_jax.server import batch_ray, batch_requests
 from gptoss_jax.server.app import create_app
+from gptoss_jax.tokenizer import load_tokenizer
 
+FULL = load_tokenizer()
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 DATE = "2026-11-21"
 OPTIONS = ("--seed", "5", "--date", DATE, "--slots", "4")
@@ -74,14 +76,11 @@ class Loaded:
 
 def telling(request):
     """Scripts that tell the prompt's last words and the seed, so that answers can be told apart."""
-    text = ENGINE_TOKENIZER.decode(list(request.prompt))
+    text = FULL.decode(list(request.prompt))
     asked = text.split("<|message|>")[-1].split("<|end|>")[0]
     return [
         f"{A}So.{E}{S}{F}{asked} {request.sampling.seed} {n}{R}" for n in range(request.sampling.n)
     ]
-
-
-ENGINE_TOKENIZER = ScriptedEngine().tokenizer
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def test_what_the_engine_fails_on_is_asked_again(engines, tmp_path, capsys):
 
     def broken(times):
         def scripts(request):
-            asked.append(ENGINE_TOKENIZER.decode(list(request.prompt)).count("hi q1<"))
+            asked.append(FULL.decode(list(request.prompt)).count("hi q1<"))
             engine.fail_after = 0 if asked[-1] and sum(asked) <= times else None
             return telling(request)
 

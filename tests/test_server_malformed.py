@@ -57,7 +57,9 @@ def seen(message, reason):
 
 @pytest.fixture(scope="module")
 def server():
-    return app_of([])
+    app, engine = app_of([])
+    yield app, engine
+    engine.close(0)
 
 
 @pytest.mark.parametrize(
