@@ -148,16 +148,22 @@ class ChatSettings:
                 f"unknown reasoning effort {self.reasoning_effort!r}: use low, medium or high"
             )
         if isinstance(self.date, str):
-            try:
-                valid = datetime.date.fromisoformat(self.date).isoformat() == self.date
-            except ValueError:
-                valid = False
-            if not valid:
-                raise GptOssError(f"expected a date as YYYY-MM-DD, got {self.date!r}")
+            check_date(self.date)
         names = [tool.name for tool in self.tools]
         for name in names:
             if names.count(name) > 1:
                 raise GptOssError(f"two tools are called {name!r}: give each its own name")
+
+
+def check_date(date: str) -> str:
+    """The date, or a GptOssError: it stands in prompts as it is, so only YYYY-MM-DD will do."""
+    try:
+        valid = datetime.date.fromisoformat(date).isoformat() == date
+    except ValueError:
+        valid = False
+    if not valid:
+        raise GptOssError(f"expected a date as YYYY-MM-DD, got {date!r}")
+    return date
 
 
 def check_name(name: object, what: str = "tool name") -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 from collections.abc import Sequence
 
+from gptoss_jax.chat.messages import check_date
 from gptoss_jax.errors import GptOssError
 
 
@@ -88,12 +89,7 @@ class ServerSettings(Limits):
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise GptOssError("an API key is empty or not printable ASCII: use letters and digits")
         if self.date is not None:
-            try:
-                valid = datetime.date.fromisoformat(self.date).isoformat() == self.date
-            except ValueError:
-                valid = False
-            if not valid:
-                raise GptOssError(f"expected a date as YYYY-MM-DD, got {self.date!r}")
+            check_date(self.date)
 
     def today(self) -> str:
         """The date that the model is told now."""
