@@ -223,9 +223,11 @@ class ScriptedEngine:
                 time.sleep(self.delay)
             for generation in at_work:
                 generation.step()
-            with self.work:
-                self.running = [g for g in self.running if any(r is not None for r in g.readers)]
-                self.work.notify_all()
+
+    def ended(self, generation: "ScriptedGeneration") -> None:
+        with self.work:
+            self.running.remove(generation)
+            self.work.notify_all()
 
 
 class ScriptedGeneration:
@@ -267,6 +269,8 @@ class ScriptedGeneration:
                 came = self._next(number, reader)
             if isinstance(came, Failure) or came.finish_reason is not None:
                 self.readers[number] = None
+                if not any(self.readers):  # its place is free before the last piece is told
+                    self.engine.ended(self)
             self.listener(number, came)
 
     def _next(self, number: int, reader: Reader) -> "EnginePiece | Failure":
