@@ -18,7 +18,7 @@ _HOMES = {
     "apply": "model",
     "forward": "model",
     "init_params": "model",
-    "load": "engine",
+    "load": "loading",
     "make_cache": "cache",
 }
 __all__ = ["__version__", *_HOMES]

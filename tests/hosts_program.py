@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 
-from gptoss_jax import checkpoint, cluster, engine, hosts
+from gptoss_jax import checkpoint, cluster, hosts, loading
 from gptoss_jax.sampling import Sampling
 
 # What clusters tell a process through its environment.
@@ -43,7 +43,7 @@ def loaded(folder, mesh):
 
     kind.read = counted
     try:
-        return engine.load(folder, mesh=mesh), dict(reads)
+        return loading.load(folder, mesh=mesh), dict(reads)
     finally:
         kind.read = read
 

@@ -12,20 +12,19 @@ import dataclasses
 import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax import checkpoint, engine, lora
+from gptoss_jax import checkpoint, hub, loading, lora
+from gptoss_jax.bounds import leaves
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.plan.bounds import leaves
 from gptoss_jax.train import OptimizerSettings, Settings
 from gptoss_jax.train.step import make_step, new_state
 
 LORA = lora.LoraConfig(rank=8, alpha=16)
-TINY = Path(engine.__file__).parent / "assets" / "gpt-oss-tiny"
+TINY = hub.resolve(hub.TINY)
 
 
 def ours(wide: bool, rows: int, length: int):
@@ -50,7 +49,7 @@ def ours(wide: bool, rows: int, length: int):
                 )
         params = checkpoint.tree(flat)
     else:
-        model = engine.load()
+        model = loading.load()
         config, params = model.config, model.params
     settings = Settings(lora=LORA, optimizer=OptimizerSettings(), remat=wide)
     state = new_state(lora.init(config, LORA, jax.random.key(0)), settings)

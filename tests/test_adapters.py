@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from gptoss_jax import adapters, engine, lora, model, sharding, steps
+from gptoss_jax import adapters, loading, lora, model, sharding, steps
 from gptoss_jax.adapters import peft
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.lora import LoraConfig
@@ -305,7 +305,7 @@ def served(tmp_path_factory):
     for number, (name, config) in enumerate(THREE.items()):
         tree = jax.tree.map(lambda x: 3 * x, drawn(config, SMALL, seed=number))
         adapters.save(folder / name, tree, config, SMALL)
-    return engine.with_adapters(small(), {name: folder / name for name in THREE}), folder
+    return loading.with_adapters(small(), {name: folder / name for name in THREE}), folder
 
 
 def test_every_row_has_its_own_adapter(served):
@@ -350,7 +350,7 @@ def test_on_a_mesh(served):
     mesh = sharding.make_mesh({"expert": 2, "data": 2, "tensor": 1, "fsdp": 2}, SMALL)
     params = tiny.params(SMALL)
     put = jax.device_put(params, sharding.parameter_shardings(model.letters(SMALL), params, mesh))
-    spread = engine.with_adapters(
+    spread = loading.with_adapters(
         tiny.model(config=SMALL, params=put, mesh=mesh), {name: folder / name for name in THREE}
     )
     for one, other in zip(

@@ -17,7 +17,7 @@ FLOORS = [
     {"kernels", "ops"},
     {"cache", "model", "lora", "bounds"},
     {"checkpoint", "hub", "tokenizer", "adapters"},
-    {"sampling", "steps", "stops", "completions", "engine", "batching"},
+    {"sampling", "steps", "stops", "completions", "engine", "loading", "batching"},
     {"chat", "tools"},
     {"server", "train", "bench", "plan", "cli", "convert"},
 ]
@@ -27,7 +27,7 @@ SAME_FLOOR = {
     ("config", "errors"), ("dims", "config"), ("mxfp4", "errors"), ("hf_names", "errors"), ("sharding", "errors"), ("cluster", "errors"), ("hosts", "errors"), ("hosts", "cluster"),
     ("hf_names", "config"), ("hf_names", "mxfp4"), ("hf_names", "dims"), ("sharding", "dims"), ("sharding", "config"),
     ("sharding", "mxfp4"), ("ops", "kernels"), ("model", "cache"), ("lora", "model"), ("bounds", "cache"), ("bounds", "model"), ("checkpoint", "hub"),
-    ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"), ("completions", "sampling"), ("completions", "stops"), ("engine", "completions"), ("batching", "completions"),
+    ("steps", "sampling"), ("engine", "steps"), ("engine", "stops"), ("engine", "sampling"), ("chat", "tools"), ("completions", "sampling"), ("completions", "stops"), ("engine", "completions"), ("loading", "engine"), ("batching", "completions"),
     ("batching", "sampling"), ("batching", "steps"), ("batching", "engine"), ("batching", "stops"),
     ("checkpoint", "tokenizer"), ("adapters", "checkpoint"),
 }  # fmt: skip
@@ -148,6 +148,7 @@ def test_lower_floors_know_no_config_objects():
         ("gptoss_jax", ["jax", "flax", "orbax", "fastapi", "torch", "numpy"]),
         ("gptoss_jax.cli.main", ["jax", "flax", "tyro", "rich"]),
         ("gptoss_jax.engine", ["torch", "fastapi", "openai_harmony", "orbax"]),
+        ("gptoss_jax.loading", ["torch", "fastapi", "openai_harmony", "orbax"]),
     ],
 )
 def test_importing_loads_no_more_than_needed(module, forbidden):

@@ -15,8 +15,8 @@ import tiny
 
 import gptoss_jax as gj
 from gptoss_jax import adapters, checkpoint, lora, sharding
-from gptoss_jax.engine import with_adapters
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.loading import with_adapters
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import letters
 from gptoss_jax.train import Settings, finetune, loop, metrics

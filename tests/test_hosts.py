@@ -18,14 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from gptoss_jax import checkpoint, convert, engine, hosts, sharding
+from gptoss_jax import checkpoint, convert, hosts, hub, loading, sharding
 from gptoss_jax.cli import processes
 from gptoss_jax.cli.generate import Arguments
 from gptoss_jax.cli.loading import ModelArguments
 from gptoss_jax.cluster import Place
+from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.tokenizer import load_tokenizer
 
-TINY = Path(engine.__file__).parent / "assets" / "gpt-oss-tiny"
+TINY = hub.resolve(hub.TINY)
 GPTOSS = ("-m", "gptoss_jax.cli.main")
 
 
@@ -90,7 +92,7 @@ def assert_same_work(found, expected):
 
 @pytest.fixture(scope="module")
 def expected():
-    return hosts_program.work(engine.load(TINY, mesh={}))
+    return hosts_program.work(loading.load(TINY, mesh={}))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_one_command_line_speaks(expected):
     code, out, err = end(running[0], stdin=hosts_program.PROMPTS[0])
     threads[0].join()
     assert code == running[1].returncode == 0, err
-    tokenizer = engine.load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     assert json.loads(out)["text"] == tokenizer.decode(expected["tokens"][0])
 
 
@@ -343,6 +345,6 @@ def test_options_that_have_to_agree():
 
 
 def test_tensor_stays_near():
-    config = engine.GptOssConfig.preset("gpt-oss-120b")
+    config = GptOssConfig.preset("gpt-oss-120b")
     assert sharding.default_sizes(config, 16, near=4) == {"expert": 4, "tensor": 4}
     assert sharding.default_sizes(config, 16) == {"expert": 2, "tensor": 8}

@@ -15,9 +15,10 @@ import random_checkpoints
 import tiny
 from jax.sharding import PartitionSpec
 
-from gptoss_jax import checkpoint, engine, model, sharding, steps
+from gptoss_jax import checkpoint, engine, loading, model, sharding, steps
 from gptoss_jax.cache import make_cache
 from gptoss_jax.checkpoint.source import Source
+from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.sampling import Sampling
@@ -233,7 +234,7 @@ def test_without_a_mesh_nothing_happens():
     ],
 )
 def test_default_sizes(config, devices, sizes):
-    config = engine.GptOssConfig.preset(config)
+    config = GptOssConfig.preset(config)
     assert sharding.default_sizes(config, devices) == sizes
     sharding.check(sizes, config)
 
@@ -330,9 +331,9 @@ def test_scales_in_the_order_that_tpus_are_given_mean_the_same(monkeypatch):
         order = sharding.TPU_ORDER.get(letters)
         return where if order is None else sharding.Format(sharding.Layout(order), where)
 
-    plain = engine.load(mesh={"expert": 2, "data": 4}, max_context=512)
+    plain = loading.load(mesh={"expert": 2, "data": 4}, max_context=512)
     monkeypatch.setattr(sharding, "laid_out", laid_out)
-    model = engine.load(mesh={"expert": 2, "data": 4}, max_context=512)
+    model = loading.load(mesh={"expert": 2, "data": 4}, max_context=512)
     layouts = [
         leaf.format.layout.major_to_minor
         for leaf in jax.tree.leaves(model.params["layers"][0]["mlp"])

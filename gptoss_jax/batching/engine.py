@@ -62,7 +62,7 @@ class Engine:
     """Many generations at once (`requests.BatchingEngine`); starts its thread.
 
     Args:
-      model: What `engine.load` gave, with the adapters that requests may name.
+      model: What `loading.load` gave, with the adapters that requests may name.
       settings: How much it takes on.
 
     Raises:

@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-TINY, ADAPTER = "gpt-oss-tiny", "adapter"
+from gptoss_jax.hub import TINY
+
+ADAPTER = "adapter"
 SHOWN_BYTES = 100_000_000  # below it loading is over before a bar can be read
 Effort = Literal["low", "medium", "high"]
 
@@ -147,7 +149,7 @@ def load_model(
         )
     started = time.perf_counter()
     from gptoss_jax import hosts, hub
-    from gptoss_jax.engine import load
+    from gptoss_jax.loading import load
 
     folder = hub.resolve(name, revision=arguments.revision, offline=arguments.offline or None)
     with _loading(name, folder) as progress:

@@ -94,7 +94,7 @@ class Answerer:
 
     def _load(self, loading: Loading, identify: Identify) -> None:
         from gptoss_jax import hub
-        from gptoss_jax.engine import load
+        from gptoss_jax.loading import load
 
         folder = hub.resolve(
             loading.source, revision=loading.revision, offline=loading.offline or None

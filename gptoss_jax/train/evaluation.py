@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from gptoss_jax import sharding
-from gptoss_jax.engine import Model, with_stack
+from gptoss_jax.engine import Model
+from gptoss_jax.loading import with_stack
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling

@@ -80,7 +80,8 @@ class Row:
 
 def run(arguments: Arguments) -> None:
     """Measures and prints; see `evaluate`."""
-    from gptoss_jax.engine import TINY, load
+    from gptoss_jax.hub import TINY
+    from gptoss_jax.loading import load
 
     model = load(arguments.model or TINY, dtype=arguments.dtype)
     began = time.time()
