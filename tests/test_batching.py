@@ -17,8 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptoss_jax as gj
-from gptoss_jax.batching import Busy, Closing, Engine, EngineSettings, Failure, Request, pages
-from gptoss_jax.batching import slots as device
+from gptoss_jax.batching import (
+    Busy,
+    Closing,
+    Engine,
+    EngineSettings,
+    Failure,
+    Request,
+    choices,
+    pages,
+)
 from gptoss_jax.completions import join
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.sampling import Sampling
@@ -446,7 +454,7 @@ def test_nothing_compiles_after_warm_up(engine):
 def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):
     request = Request(list(range(50)), Sampling(seed=4, ignore_eos=True), 20)
     expected = run(engine, [request])[0][0]
-    advance, calls = device.advance, []
+    advance, calls = choices.advance, []
 
     def broken(params, slots, *rest, **keywords):
         slots, logits = advance(params, slots, *rest, **keywords)
@@ -457,7 +465,7 @@ def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):
             logits = logits.at[0].set(np.nan)
         return slots, logits
 
-    monkeypatch.setattr(device, "advance", broken)
+    monkeypatch.setattr(choices, "advance", broken)
     ends = [c[0] for c in run(engine, [request] * 4)]
     assert ["is gone" in str(getattr(end, "error", "")) for end in ends] == [True] * 4
     settled(engine, slots_busy=0)

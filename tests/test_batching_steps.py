@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from gptoss_jax import ops
+from gptoss_jax.batching import choices
 from gptoss_jax.batching import slots as device
 from gptoss_jax.cache import make_cache
 from gptoss_jax.model import forward
@@ -120,8 +121,8 @@ def begin(slots, row, prompt, sampling=SAMPLING, chunk=16):
 
 
 def step(slots, allowed=EVERYTHING):
-    slots, logits = device.advance(tiny.params(), slots, config=CONFIG)
-    slots, tokens = device.choose(slots, logits, allowed)
+    slots, logits = choices.advance(tiny.params(), slots, config=CONFIG)
+    slots, tokens = choices.choose(slots, logits, allowed)
     return slots, logits, np.asarray(tokens)
 
 
@@ -163,7 +164,7 @@ def test_other_rows_change_no_bit(alone):
         slots, logits, tokens = step(slots)
         assert tokens[2] == alone[0][i]
         assert (np.asarray(logits)[2] == alone[1][i]).all()
-        assert (tokens[1] == device.BROKEN) == (i >= 8)
+        assert (tokens[1] == choices.BROKEN) == (i >= 8)
 
 
 @pytest.mark.parametrize("steps_on", [0, 1, 2])
@@ -173,17 +174,17 @@ def test_a_row_taken_back_goes_on_as_if_it_had_never_gone_ahead(alone, steps_on)
         slots = begin(make(), 2, PROMPTS[0])
         for _ in range(place):
             slots, _, _ = step(slots)
-        slots, logits = device.advance(tiny.params(), slots, config=CONFIG)
+        slots, logits = choices.advance(tiny.params(), slots, config=CONFIG)
         length = slots.cache.length_B + 0
         wrong = EVERYTHING.copy()
         right = alone[0][place]
         wrong[2, right // 32] &= ~np.uint32(1 << right % 32)
-        slots, tokens = device.choose(slots, logits, wrong)
+        slots, tokens = choices.choose(slots, logits, wrong)
         assert int(tokens[2]) != right
         for _ in range(steps_on):
             slots, _, _ = step(slots)
         back = np.array([0, 0, 1 + steps_on, 0], np.int32)
-        slots, tokens = device.redo(slots, logits, EVERYTHING, length, back)
+        slots, tokens = choices.redo(slots, logits, EVERYTHING, length, back)
         found = [int(tokens[2])]
         while len(found) < 12 - place:
             slots, _, tokens = step(slots)

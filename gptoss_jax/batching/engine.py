@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from gptoss_jax.batching import pages
+from gptoss_jax.batching.choices import BROKEN
 from gptoss_jax.batching.requests import Busy, Closing, Failure, Listener, Request
 from gptoss_jax.batching.rows import Rows
 from gptoss_jax.batching.settings import EngineSettings
 from gptoss_jax.batching.sizes import choose_sizes
-from gptoss_jax.batching.slots import BROKEN
 from gptoss_jax.batching.work import MEMORY, Job, Work
 from gptoss_jax.completions import Piece, Reader, TokenLogprob
 from gptoss_jax.engine import Model

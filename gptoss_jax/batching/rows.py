@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax import sharding
-from gptoss_jax.batching import pages
-from gptoss_jax.batching import slots as device
+from gptoss_jax.batching import choices, pages, slots
 from gptoss_jax.batching.sizes import Sizes
 from gptoss_jax.engine import Model
 from gptoss_jax.sampling import Sampling
@@ -32,7 +31,7 @@ class Rows:
         self.model, self.sizes = model, sizes
         self.widths = (*(n for n in SHORT if n < sizes.chunk), sizes.chunk)
         self._everything = self._put(self.all_allowed(), "B_")
-        self._tables = device.tables(model.adapters, lambda x: self._put(x, "__"))
+        self._tables = slots.tables(model.adapters, lambda x: self._put(x, "__"))
         self.reset()
 
     def reset(self) -> None:
@@ -40,7 +39,7 @@ class Rows:
         config, sizes = self.model.config, self.sizes
         dtype = jnp.dtype(self.model.params["embedding"].dtype)
         shape = sizes.rows, sizes.context, sizes.back
-        self._slots = self._run(device.make, config, *shape, dtype)
+        self._slots = self._run(slots.make, config, *shape, dtype)
         self._pool = self._run(pages.make, config, max(sizes.pages, 1), sizes.chunk, dtype)
 
     def all_allowed(self) -> np.ndarray:
@@ -53,7 +52,7 @@ class Rows:
         ids = np.zeros((1, self.width(len(part))), np.int32)
         ids[0, : len(part)] = part
         place = _integers(slot, done, len(part), adapter)
-        self._slots, wait = self._with_model(device.read, ids, place, self._tables)
+        self._slots, wait = self._with_model(slots.read, ids, place, self._tables)
         return wait
 
     def width(self, count: int) -> int:
@@ -76,63 +75,65 @@ class Rows:
 
     def copy(self, source: int, target: int) -> None:
         """Copies the cache of a row."""
-        self._slots = self._run(device.copy, self._slots, _integers(source, target))
+        self._slots = self._run(slots.copy, self._slots, _integers(source, target))
 
     def admit(
         self, slot: int, prompt: np.ndarray, s: Sampling, choice: int, seed: int, adapter: int
     ) -> None:
         """Lets a row generate."""
         V = self.model.config.vocab_size
-        given = device.start(slot, prompt, s, choice, seed, adapter, V)
-        self._slots = self._run(device.admit, self._slots, given)
+        given = slots.start(slot, prompt, s, choice, seed, adapter, V)
+        self._slots = self._run(slots.admit, self._slots, given)
 
     def advance(self) -> jax.Array:
         """Reads the last token of every row that generates; gives the logits [B, V]."""
-        self._slots, logits = self._with_model(device.advance, self._tables)
+        self._slots, logits = self._with_model(choices.advance, self._tables)
         return logits
 
     def choose(self, logits: jax.Array, allowed: np.ndarray | None = None) -> jax.Array:
         """Chooses every row's next token [B]."""
         mask = self._everything if allowed is None else allowed
-        self._slots, tokens = self._run(device.choose, self._slots, logits, mask)
+        self._slots, tokens = self._run(choices.choose, self._slots, logits, mask)
         return tokens
 
     def check_drafts(self, table: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Reads the last tokens and drafted ones int32 [B, D], and chooses; gives the logits [B, T,
         V] and the tokens [B, T].
         """
-        self._slots, logits = self._with_model(device.advance_drafts, table, self._tables)
+        self._slots, logits = self._with_model(choices.advance_drafts, table, self._tables)
         self._slots, tokens = self._run(
-            device.choose_drafts, self._slots, logits, table, self._everything
+            choices.choose_drafts, self._slots, logits, table, self._everything
         )
         return logits, tokens
 
     def redo(self, logits: jax.Array, allowed, length_B, back_B) -> jax.Array:
         """Takes rows back and chooses again."""
-        self._slots, tokens = self._run(device.redo, self._slots, logits, allowed, length_B, back_B)
+        self._slots, tokens = self._run(
+            choices.redo, self._slots, logits, allowed, length_B, back_B
+        )
         return tokens
 
     def pick(self, logits: jax.Array, at_B: np.ndarray) -> jax.Array:
         """Logits [B, V] of one column for each row."""
-        return self._run(device.pick, logits, at_B)
+        return self._run(choices.pick, logits, at_B)
 
     def reports(self, logits: jax.Array, tokens: jax.Array) -> list[Any]:
         """Log probabilities of tokens [B] or [B, T], and of the likeliest, for each column."""
         if logits.ndim == 2:
-            return [self._run(device.report, logits, tokens, top=TOP)]
+            return [self._run(choices.report, logits, tokens, top=TOP)]
         found = []
         for i in range(logits.shape[1]):
             column = self.pick(logits, np.full(self.sizes.rows, i, np.int32)), tokens[:, i]
-            found.append(self._run(device.report, *column, top=TOP))
+            found.append(self._run(choices.report, *column, top=TOP))
         return found
 
     def release(self, slot: int, broken: bool = False) -> None:
         """Frees a row; a broken one is erased."""
         if broken:
-            self._slots = self._run(device.erase, self._slots, np.int32(slot))
+            self._slots = self._run(slots.erase, self._slots, np.int32(slot))
         free = np.zeros(self.sizes.rows, bool)
         free[slot] = True
-        self._slots = self._run(device.release, self._slots, free)
+        self._slots = self._run(slots.release, self._slots, free)
 
     def warm_up(self) -> None:
         """Compiles every program; blocks. All rows must be free."""
