@@ -46,8 +46,8 @@ WALLS = {
     "grain": {"train"},
     "rich": {"cli", "convert", "train", "bench", "plan", "server"},
     "tyro": {"cli", "train", "bench", "plan", "server", "convert"},
-    "torch": set(),
-    "transformers": set(),
+    "torch": {"bench"},
+    "transformers": {"bench"},
 }
 F0_ALLOWED = {"jax", "numpy", "ml_dtypes", "jaxtyping"}
 

@@ -17,6 +17,7 @@ VERBS = {
     "serve": ("gptoss_jax.cli.serve", "an OpenAI-compatible server, and a page to talk to"),
     "batch": ("gptoss_jax.cli.batch", "a file of requests in OpenAI's batch format, also on Ray"),
     "convert": ("gptoss_jax.cli.convert", "checkpoint to Orbax, or Orbax to Hugging Face's layout"),
+    "bench": ("gptoss_jax.cli.bench", "how fast here, and what share of what the machine allows"),
     "plan": ("gptoss_jax.cli.plan", "does it fit on devices not rented yet, and how fast"),
     "inspect": ("gptoss_jax.cli.inspect", "what a checkpoint holds, lacks, and weighs"),
     "finetune": ("gptoss_jax.cli.finetune", "train an adapter, or the parameters, on your data"),

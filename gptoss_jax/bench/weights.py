@@ -1,0 +1,152 @@
+"""Random parameters in the real format and sizes, made as fast as memory takes them.
+
+Knows shapes and bit patterns; the values mean nothing, but stay where a trained model's are, so
+that no product overflows and routing is about uniform.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import checkpoint, hf_names, hub, libtpu, sharding
+from gptoss_jax.checkpoint.stored import aligned
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.engine import Model
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.loading import use_compilation_cache
+from gptoss_jax.tokenizer import load_tokenizer
+
+PIECE = 1 << 20  # bytes drawn at once: they are shaped while a cache has them
+# Sign, lowest bit of the exponent and mantissa are random, the rest of the exponent is not:
+# magnitudes from 2^-7 to 2^-5, deviation 0.02, and nothing is computed in another type.
+PATTERNS = {
+    np.dtype(jnp.bfloat16): (np.uint16, 0x80FF, 0x3C00),
+    np.dtype(np.float32): (np.uint32, 0x80FFFFFF, 0x3C000000),
+}
+
+
+def random_model(
+    source: str,
+    *,
+    layers: int | None = None,
+    mesh: sharding.Sizes | None = None,
+    dtype: str | None = None,
+    max_context: int | None = None,
+) -> Model:
+    """A model of random parameters behind the engine; no files are needed for gpt-oss-20b and 120b.
+
+    Args:
+      source: As `config_of` takes it.
+      layers: How many of its layers; by default all.
+      mesh: As `load` takes it.
+      dtype: "bfloat16", the default, or "float32".
+      max_context: Longest sequence; by default the model's.
+
+    Raises:
+      GptOssError: There is no such model, or not so many layers.
+    """
+    libtpu.hush()
+    use_compilation_cache()
+    config, folder = config_of(source, layers)
+    context = max_context or config.max_context
+    if not 0 < context <= config.max_context:
+        raise GptOssError(f"max_context is {context}: this model's is 1 to {config.max_context}")
+    spread = sharding.choose_mesh(mesh, config)
+    params = random_params(
+        config, dtype=dtype or "bfloat16", shardings=sharding.for_loading(spread)
+    )
+    return Model(config, params, load_tokenizer(folder), context, source, spread)
+
+
+def config_of(source: str, layers: int | None = None) -> tuple[GptOssConfig, Path | None]:
+    """The config of a model, and its folder if it has one.
+
+    Args:
+      source: gpt-oss-20b, gpt-oss-120b, gpt-oss-tiny, or a checkpoint's folder.
+      layers: Only the first so many.
+
+    Raises:
+      GptOssError: There is no such model, or not so many layers.
+    """
+    folder = None
+    if source == hub.TINY or Path(source).expanduser().is_dir():
+        folder = hub.resolve(source)
+        config = checkpoint.open_checkpoint(folder).config
+    else:
+        config = GptOssConfig.preset(source)
+    layers = config.num_layers if layers is None else layers
+    if not 0 < layers <= config.num_layers:
+        raise GptOssError(f"{layers} layers: {source} has 1 to {config.num_layers}")
+    kinds = config.layer_types[:layers]
+    return dataclasses.replace(config, num_layers=layers, layer_types=kinds), folder
+
+
+def random_params(
+    config: GptOssConfig,
+    *,
+    packed: bool = True,
+    dtype: Any = jnp.bfloat16,
+    shardings: checkpoint.Shardings | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A parameter tree as `checkpoint.load_params` gives it, of random values.
+
+    Made leaf by leaf and in place: beside the model it needs next to nothing, or where devices have
+    memory of their own one leaf.
+
+    Args:
+      config: Sizes.
+      packed: Experts in MXFP4, as released; else as all the rest.
+      dtype: bfloat16 or float32, of everything that is not packed.
+      shardings: As `load_params` takes them.
+      seed: Same seed, same parameters, on any mesh.
+
+    Raises:
+      GptOssError: The type is another one.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in PATTERNS:
+        raise GptOssError(f"dtype {dtype.name!r}: parameters are held in 'bfloat16' or 'float32'")
+    arrays = {}
+    for number, leaf in enumerate(hf_names.leaves(config, "mxfp4" if packed else "bfloat16")):
+        values = aligned(leaf.shape, np.dtype(np.uint8) if leaf.packed else dtype)
+        fill(values, leaf.path[-1], np.random.SFC64([seed, number]))
+        if shardings is None:
+            array = jax.device_put(values)
+        else:
+            where = shardings(leaf.path, leaf.letters)
+            array = jax.make_array_from_callback(
+                leaf.shape, where, lambda index, values=values: values[index], dtype=values.dtype
+            )
+        arrays[leaf.path] = array.block_until_ready()
+    return checkpoint.tree(arrays)
+
+
+def fill(values: np.ndarray, name: Any, generator: np.random.SFC64) -> None:
+    """Draws an array in place.
+
+    Args:
+      values: uint8 (MXFP4), bfloat16 or float32.
+      name: "norm" makes ones, "scales" exponents from 2^-9 to 2^-6, anything else values about 0,
+        or any bytes.
+      generator: Where the bits come from.
+    """
+    if name == "norm":
+        values[...] = 1
+        return
+    flat = values.reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, PIECE):
+        part = flat[start : start + PIECE]
+        part[:] = generator.random_raw(-(-part.size // 8)).view(np.uint8)[: part.size]
+        if name == "scales":
+            part &= 3
+            part += 118
+        elif values.dtype in PATTERNS:
+            word, kept, exponent = PATTERNS[values.dtype]
+            bits = part.view(word)
+            bits &= kept
+            bits |= exponent
