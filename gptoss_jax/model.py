@@ -255,7 +255,7 @@ class GptOss(_Declared):
         """Hidden states [B, T, D] before the unembedding, new (keys, values) a layer, and what
         `Mlp` says of routing a layer.
         """
-        x_BTD = self.embedding.get_value()[tokens_BT]
+        x_BTD = ops.embed(tokens_BT, self.embedding.get_value())
         if "embedding" in added:
             x_BTD = _embedded(x_BTD, tokens_BT, added["embedding"])
         x_BTD = constrain(x_BTD, "BTD")

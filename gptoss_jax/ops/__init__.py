@@ -18,6 +18,7 @@ Precision (x is the activations' dtype, bfloat16 or float32; every product accum
 """
 
 from gptoss_jax.ops.attention import attention as attention
+from gptoss_jax.ops.embed import embed as embed
 from gptoss_jax.ops.linear import LowRank as LowRank
 from gptoss_jax.ops.linear import Rounded as Rounded
 from gptoss_jax.ops.linear import linear as linear

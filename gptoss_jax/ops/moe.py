@@ -14,9 +14,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax import sharding
+from gptoss_jax.kernels import cpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.backends import Backend
 from gptoss_jax.ops.linear import LowRank, Rounded, low_rank_product
-from gptoss_jax.ops.product import product
+from gptoss_jax.ops.product import packed_product, product
 
 UNPACKED_LIMIT = (
     1 << 24
@@ -25,6 +28,7 @@ UNPACKED_LIMIT = (
 # much as 25 rows.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 SMALLEST_PART = 8  # of a batch in which not all rows count
+LOW_RANK_BLOCK = 16  # rows of one expert in a batch of low-rank products
 
 Weight = MxTensor | jax.Array
 Addition = LowRank | Rounded
@@ -132,7 +136,7 @@ def expert_mlp(
         return _spread_mlp(*parts, low_rank, alpha=alpha, limit=limit, rows=rows)
     with jax.named_scope("expert_mlp"):
         some = counted_M is not None
-        out_MD = _mlp(*parts, low_rank, alpha=alpha, limit=limit, some=some)
+        out_MD = _computed(*parts, low_rank, alpha=alpha, limit=limit, some=some)
         return out_MD.astype(x_MD.dtype)
 
 
@@ -180,7 +184,7 @@ def _spread_mlp(
         count = held[0].shape[0]
         experts_MX = experts_MX - count * (jax.lax.axis_index(spread) if spread else 0)
         here_MX = (experts_MX >= 0) & (experts_MX < count)
-        out_MD = _mlp(
+        out_MD = _computed(
             x_MD,
             jnp.where(here_MX, weights_MX, 0.0),
             jnp.where(here_MX, experts_MX, count),
@@ -198,6 +202,105 @@ def _spread_mlp(
     return jax.shard_map(local, in_specs=specs, out_specs=by_row)(
         x_MD, weights_MX, experts_MX, gate_up, gate_up_bias, down, down_bias, low_rank
     )
+
+
+def _computed(*parts, alpha, limit, spread=(), some=False):
+    """`_mlp` by the back end of the platform."""
+    gate_up, down, low_rank = parts[3], parts[5], parts[7]
+
+    def why_not_cpu():
+        if not (isinstance(gate_up, MxTensor) and isinstance(down, MxTensor)):
+            return "experts are not packed"
+        if any(isinstance(pair, Rounded) for pair in low_rank.values()):
+            return "merged experts are rounded one after another"
+        if spread:
+            return "experts are spread over a mesh"
+        return cpu.why_not()
+
+    reference = functools.partial(_mlp, alpha=alpha, limit=limit, spread=spread, some=some)
+    kernel = functools.partial(_mlp_on_cpu, alpha=alpha, limit=limit)
+    return backends.run("experts", reference, {"cpu": Backend(kernel, why_not_cpu())}, *parts)
+
+
+def _mlp_on_cpu(
+    x_MD,
+    weights_MX,
+    experts_MX,
+    gate_up_EFPD,
+    gate_up_bias_EFP,
+    down_EDF,
+    down_bias_ED,
+    low_rank,
+    *,
+    alpha,
+    limit,
+):
+    """`_mlp` by the kernel's products, which find the rows of an expert themselves."""
+    M, X = experts_MX.shape
+    E, F, P, D = gate_up_EFPD.shape
+    blocks, scales = gate_up_EFPD.blocks, gate_up_EFPD.scales
+    gate_up_EOD = MxTensor(
+        blocks.reshape(E, F * P, *blocks.shape[3:]), scales.reshape(E, F * P, -1)
+    )
+    gate_up_bias_EO = gate_up_bias_EFP.reshape(E, F * P)
+
+    def layer(rows_RD, experts_RX, bias, added):
+        """Rows [R, D], each with its experts -> [R X, D]; `bias` and `added` know the experts."""
+        h = packed_product(rows_RD, experts_RX, gate_up_EOD).reshape(-1, F * P)
+        h = added("gate_up", rows_RD, h + bias(gate_up_bias_EO))
+        act = swiglu(h.reshape(-1, F, P), alpha, limit).astype(x_MD.dtype)
+        out = packed_product(act, experts_RX.reshape(-1, 1), down_EDF).reshape(-1, D)
+        return added("down", act, out + bias(down_bias_ED))
+
+    if not low_rank:
+        flat = experts_MX.reshape(-1)
+        out = layer(
+            x_MD,
+            experts_MX,
+            lambda b_EO: jnp.take(b_EO, flat, axis=0, mode="clip").astype(jnp.float32),
+            lambda name, rows, out: out,
+        )
+    else:
+        out = _low_rank_in_blocks(layer, x_MD, experts_MX, low_rank, E)
+    # What came out for nobody's rows is biases alone.
+    weights_MX = jnp.where(experts_MX < E, weights_MX, 0.0)
+    return (out.reshape(M, X, D) * weights_MX[..., None]).sum(1)
+
+
+def _low_rank_in_blocks(layer, x_MD, experts_MX, low_rank, count):
+    """`layer` with low-rank additions: rows lie in blocks of one expert, so that the gradients of
+    its additions are products over blocks.
+    """
+    (M, X), block = experts_MX.shape, LOW_RANK_BLOCK
+    slots, sources, block_experts = group(experts_MX.reshape(-1), count + 1, block)
+    rows_RD = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
+    experts_R = jnp.where(sources < M * X, jnp.repeat(block_experts, block), count)
+
+    def gains(g_MR):
+        g = jnp.take(g_MR, sources // X, axis=0, mode="fill", fill_value=0)
+        return g.reshape(-1, block, g.shape[-1])
+
+    additions = _added(low_rank, block_experts, gains)
+
+    def in_blocks(x):
+        return x.reshape(-1, block, *x.shape[1:])
+
+    def bias(b_EO):
+        chosen = jnp.take(b_EO, block_experts, axis=0, mode="clip").astype(jnp.float32)
+        return jnp.repeat(chosen, block, axis=0)
+
+    def added(name, rows_RI, out_RO):
+        if name not in additions:
+            return out_RO
+        a, b, gain = additions[name]
+        pair = LowRank(a, b.reshape(len(b), -1, b.shape[-1]), gain)
+        with backends.use(product=backends.REFERENCE):  # a batch of small products
+            more = jax.vmap(functools.partial(low_rank_product, "bI,OI->bO"))(
+                in_blocks(rows_RI), pair
+            )
+        return out_RO + more.reshape(out_RO.shape)
+
+    return jnp.take(layer(rows_RD, experts_R[:, None], bias, added), slots, axis=0)
 
 
 def _mlp(

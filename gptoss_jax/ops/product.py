@@ -1,9 +1,18 @@
 """Products of activations with weights: float32 sums, and gradients in the activations' type."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+
+from gptoss_jax import sharding
+from gptoss_jax.kernels import cpu
+from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.backends import Backend
+
+COLUMNS = 32  # inputs of a product come in such blocks where a kernel computes it
 
 
 def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -35,7 +44,45 @@ def _alike(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+    def reference(x, weight):
+        return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+
+    given, result = subscripts.split("->")
+    a, b = given.split(",")
+    rows, outputs, inputs = _matrix_letters(a, b, result)
+    size = dict(zip(a + b, x.shape + weight.shape, strict=True))
+
+    def kernel(x, weight):
+        M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
+        out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
+        return out.reshape([size[i] for i in result])
+
+    why = _why_no_kernel(x, weight)
+    if why is None and (result, b) != (rows + outputs, outputs + inputs):
+        why = f"{subscripts} is not rows times rows of weights"
+    if why is None and math.prod(size[i] for i in inputs) % COLUMNS:
+        why = f"inputs are no multiple of {COLUMNS}"
+    return backends.run("product", reference, {"cpu": Backend(kernel, why)}, x, weight)
+
+
+def _matrix_letters(a: str, b: str, result: str) -> tuple[str, str, str]:
+    """Letters of rows, outputs and inputs of einsum("a,b->result")."""
+    rows = "".join(i for i in a if i in result)
+    return rows, "".join(i for i in b if i in result), "".join(i for i in a if i not in result)
+
+
+def _first(rows: int) -> jax.Array:
+    """The only expert for every row."""
+    return jnp.zeros((rows, 1), jnp.int32)
+
+
+def _why_no_kernel(x: jax.Array, weight: jax.Array) -> str | None:
+    """Why kernels/cpu does not compute a plain product of these."""
+    if x.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16:
+        return "XLA's own float32 products are as fast"
+    if sharding.current() is not None:
+        return "the mesh's partitioner knows einsums only"
+    return cpu.why_not()
 
 
 def _forward(subscripts, x, weight):
@@ -47,9 +94,58 @@ def _backward(subscripts, kept, gradient):
     given, result = subscripts.split("->")
     a, b = given.split(",")
     gradient = gradient.astype(x.dtype)
-    to_x = jnp.einsum(f"{result},{b}->{a}", gradient, weight, preferred_element_type=jnp.float32)
     to_weight = jnp.einsum(f"{a},{result}->{b}", x, gradient, preferred_element_type=jnp.float32)
+    to_x = _product_transposed(subscripts, gradient, weight)
     return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
 
 
+def _product_transposed(subscripts, gradient, weight):
+    given, result = subscripts.split("->")
+    a, b = given.split(",")
+    rows, outputs, inputs = _matrix_letters(a, b, result)
+    size = dict(zip(result + b, gradient.shape + weight.shape, strict=True))
+
+    def reference(gradient, weight):
+        return jnp.einsum(
+            f"{result},{b}->{a}", gradient, weight, preferred_element_type=jnp.float32
+        )
+
+    def kernel(gradient, weight):
+        M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
+        out = cpu.grouped_product_transposed(
+            gradient.reshape(M, 1, N), _first(M), weight.reshape(1, N, K)
+        )
+        return out.reshape([size[i] for i in a])
+
+    why = _why_no_kernel(gradient, weight)
+    if why is None and (a, result, b) != (rows + inputs, rows + outputs, outputs + inputs):
+        why = f"{subscripts} is not rows times rows of weights"
+    if why is None and (
+        math.prod(size[i] for i in inputs) % COLUMNS or math.prod(size[i] for i in outputs) % 2
+    ):
+        why = f"inputs are no multiple of {COLUMNS}, or outputs odd"
+    return backends.run("product", reference, {"cpu": Backend(kernel, why)}, gradient, weight)
+
+
 _product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def packed_product(x_MI: jax.Array, experts_MX: jax.Array, weight: MxTensor) -> jax.Array:
+    """`kernels.cpu.grouped_product` with packed weights, and its gradient for x; the weights are
+    frozen.
+    """
+    return cpu.grouped_product(x_MI, experts_MX, weight)
+
+
+def _packed_forward(x_MI, experts_MX, weight):
+    return packed_product(x_MI, experts_MX, weight), (experts_MX, weight, x_MI)
+
+
+def _packed_backward(kept, gradient):
+    experts_MX, weight, x_MI = kept
+    out = cpu.grouped_product_transposed(gradient.astype(x_MI.dtype), experts_MX, weight)
+    return out.sum(1).astype(x_MI.dtype), None, None
+
+
+packed_product.defvjp(_packed_forward, _packed_backward)

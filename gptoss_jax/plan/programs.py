@@ -28,6 +28,7 @@ from gptoss_jax.engine import CHUNKS, DECODE
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops import backends
 from gptoss_jax.plan.hardware import Topology
 from gptoss_jax.plan.hlo import collectives
 from gptoss_jax.sampling import Sampling, to_arrays
@@ -241,6 +242,7 @@ class Steps:
         started = time.perf_counter()
         with (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
+            backends.compiling_for("tpu" if tpu else "gpu"),
             tempfile.TemporaryDirectory() as folder,
         ):
             lowered = trace().lower(lowering_platforms=("tpu" if tpu else "cuda",))

@@ -1,0 +1,6 @@
+"""Products on CPUs: MXFP4, bfloat16 and float32 weights, by AVX-512, AVX2 or plain vectors."""
+
+from gptoss_jax.kernels.cpu.library import why_not as why_not
+from gptoss_jax.kernels.cpu.products import grouped_product as grouped_product
+from gptoss_jax.kernels.cpu.products import grouped_product_transposed as grouped_product_transposed
+from gptoss_jax.kernels.cpu.rows import table_rows as table_rows

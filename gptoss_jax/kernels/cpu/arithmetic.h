@@ -1,0 +1,34 @@
+// What an instruction set has to offer: inner loops on plain pointers, no threads, no standard library (a template of it,
+// compiled for AVX-512 here and shared by the linker, would stop older machines).
+//
+// Rows of weights and of activations are multiplied along K. MXFP4 rows are unpacked in an order of their own: of `group`
+// values first those of the low nibbles, then those of the high ones; activations are permuted once to match.
+// An output is one chain of sums along K, the same whatever else is computed with it: a row's result does not depend on
+// which or how many rows come with it.
+#pragma once
+#include <cstdint>
+
+struct Arithmetic {
+  int bytes;   // of an operand: 2 (bfloat16) or 4 (float32)
+  int group;   // values that share an order when MXFP4 is unpacked
+  int direct;  // rows up to which mx_direct is used; 0: there is none
+
+  // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32.
+  void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y);
+  // The same with packed rows: blocks [N, K / 32, 16], scales [N, K / 32]; x in the unpacked order, K any multiple of 32.
+  void (*mx_direct)(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
+                    float* const* y);
+  // One packed row -> operands in the unpacked order, zeros up to a multiple of `group`.
+  void (*unpack)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
+  // y[m * stride_y + k] += sum_n g[m][n] w[n][k] for n < N (even), k < K (a multiple of 64 in panels); the panel was made by
+  // `panel` from rows of operands.
+  void (*panel)(const void* const* w, int N, int K, void* out);
+  void (*spread)(const void* const* g, int rows, const void* panel, int N, int K, float* y, int64_t stride_y);
+};
+
+extern "C" const Arithmetic gptoss_float32_base;
+#if defined(__x86_64__)
+// bfloat16 of the 16 codes for every scale; scales 0 and 1 give zeros, as everywhere (mxfp4.half_scale).
+extern "C" uint16_t gptoss_mxfp4_table[256][16];
+extern "C" const Arithmetic gptoss_float32_avx2, gptoss_float32_avx512, gptoss_bfloat16_avx512;
+#endif

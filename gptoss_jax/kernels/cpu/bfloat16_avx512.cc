@@ -1,0 +1,250 @@
+// bfloat16 operands by AVX-512: exact products in pairs, float32 sums (vdpbf16ps), MXFP4 by table.
+#include <immintrin.h>
+
+#include "arithmetic.h"
+
+namespace {
+
+constexpr int kTall = 3, kWide = 8;      // of a tile of plain rows
+constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
+constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
+
+inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+// 64 packed values -> 32 of the low nibbles and 32 of the high ones. vpermw takes five bits of each index: bit 4 tells the
+// two blocks' tables apart.
+inline void decode(const uint8_t* blocks, const uint8_t* scales, bool two, __m512bh& low, __m512bh& high) {
+  const __m256i bytes = two ? _mm256_loadu_si256((const __m256i*)blocks)
+                            : _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)blocks));
+  const __m512i words = _mm512_cvtepu8_epi16(two ? bytes : _mm256_zextsi128_si256(_mm256_castsi256_si128(bytes)));
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m256i first_table = _mm256_load_si256((const __m256i*)gptoss_mxfp4_table[scales[0]]);
+  const __m256i second_table =
+      two ? _mm256_load_si256((const __m256i*)gptoss_mxfp4_table[scales[1]]) : _mm256_setzero_si256();
+  const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(first_table), second_table, 1);
+  const __m512i low_index = _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), second, 0xEA);  // (a & b) | c
+  const __m512i high_index = _mm512_or_si512(_mm512_srli_epi16(words, 4), second);
+  low = (__m512bh)_mm512_permutexvar_epi16(low_index, values);
+  high = (__m512bh)_mm512_permutexvar_epi16(high_index, values);
+}
+
+// Lanes of four vectors added up, always in this order.
+inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const auto fold = [](__m512 v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  };
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+template <int R>
+inline void write(const __m512 (&sums)[R][kColumns], float* const* y, int n, int count) {
+  for (int r = 0; r < R; r++) {
+    const __m128 four = totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    _mm_mask_storeu_ps(y[r] + n, __mmask8((1 << count) - 1), four);
+  }
+}
+
+// Three rows of activations with eight of weights: what streams from the second cache is then a third of what is computed
+// with, and eight half rows of weights stay in the first. Of `count` columns the missing ones repeat the last.
+template <int R>
+void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, int count, int k0, int k1, bool first, bool last,
+          __m512* kept, float* const* y, int n) {
+  __m512 sums[R][kWide];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < kWide; c++) sums[r][c] = first ? _mm512_setzero_ps() : kept[r * kWide + c];
+  const uint16_t* at[kWide];
+  for (int c = 0; c < kWide; c++) at[c] = w + (c < count ? c : count - 1) * stride;
+  for (int k = k0; k < k1; k += 32) {
+    __m512bh a[R];
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) a[r] = load(x[r] + k);
+#pragma GCC unroll 8
+    for (int c = 0; c < kWide; c++) {
+      const __m512bh b = load(at[c] + k);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a[r], b);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    if (!last) {
+      for (int c = 0; c < kWide; c++) kept[r * kWide + c] = sums[r][c];
+      continue;
+    }
+    const __m128 low = totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    const __m128 high = totals(sums[r][4], sums[r][5], sums[r][6], sums[r][7]);
+    _mm256_mask_storeu_ps(y[r] + n, __mmask8((1 << count) - 1), _mm256_set_m128(high, low));
+  }
+}
+
+template <int R>
+void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int count, int K, float* const* y,
+             int n) {
+  __m512 sums[R][kColumns];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  const int64_t units = K / 32;
+  const uint8_t *at[kColumns], *scale[kColumns];
+  for (int c = 0; c < kColumns; c++) {
+    at[c] = blocks + (c < count ? c : count - 1) * units * 16;
+    scale[c] = scales + (c < count ? c : count - 1) * units;
+  }
+  const auto add = [&](int64_t u, bool two) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) {
+      __m512bh low, high;
+      decode(at[c] + 16 * u, scale[c] + u, two, low, high);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], load(x[r] + 32 * u), low);
+        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], load(x[r] + 32 * u + 32), high);
+      }
+    }
+  };
+  int64_t u = 0;
+  for (; u + 2 <= units; u += 2) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + 1024), _MM_HINT_T0);
+    add(u, true);
+  }
+  if (u < units) add(u, false);
+  write(sums, y, n, count);
+}
+
+template <template <int> class Call, typename... Rest>
+inline void by_rows(int rows, Rest... rest) {
+  switch (rows) {
+    case 1: return Call<1>::run(rest...);
+    case 2: return Call<2>::run(rest...);
+    case 3: return Call<3>::run(rest...);
+    case 4: return Call<4>::run(rest...);
+    case 5: return Call<5>::run(rest...);
+    default: return Call<6>::run(rest...);
+  }
+}
+
+template <int R>
+struct Tile {
+  static void run(const uint16_t* const* x, const uint16_t* w, int64_t stride, int count, int k0, int k1, bool first,
+                  bool last, __m512* kept, float* const* y, int n) {
+    tile<R>(x, w, stride, count, k0, k1, first, last, kept, y, n);
+  }
+};
+
+template <int R>
+struct TileMx {
+  static void run(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int count, int K,
+                  float* const* y, int n) {
+    tile_mx < R <= 4 ? R : 4 > (x, blocks, scales, count, K, y, n);
+  }
+};
+
+void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
+  const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
+  const uint16_t* b = static_cast<const uint16_t*>(w);
+  alignas(64) __m512 kept[kKept][kWide];
+  // Few rows read their weights but once: no need to keep a part of them at hand.
+  const int part = rows > 8 && rows <= kKept ? kPart : K;
+  for (int n = 0; n < N; n += kWide)
+    for (int k = 0; k < K; k += part)
+      for (int m = 0; m < rows; m += kTall)
+        by_rows<Tile>(rows - m < kTall ? rows - m : kTall, a + m, b + n * stride, stride, N - n < kWide ? N - n : kWide, k,
+                      k + part < K ? k + part : K, k == 0, k + part >= K, kept[part < K ? m : 0], y + m, n);
+}
+
+void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
+               float* const* y) {
+  const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
+  const int64_t units = K / 32;
+  for (int n = 0; n < N; n += kColumns)
+    by_rows<TileMx>(rows, a, blocks + n * units * 16, scales + n * units, N - n < kColumns ? N - n : kColumns, K, y, n);
+}
+
+void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
+  uint16_t* to = static_cast<uint16_t*>(out);
+  const int units = K / 32;
+  for (int u = 0; u < units; u += 2) {
+    __m512bh low, high;
+    if (u + 2 <= units)
+      decode(blocks + 16 * u, scales + u, true, low, high);
+    else
+      decode(blocks + 16 * u, scales + u, false, low, high);
+    _mm512_storeu_si512(to + 32 * u, (__m512i)low);
+    _mm512_storeu_si512(to + 32 * u + 32, (__m512i)high);
+  }
+}
+
+// Pairs of rows beside each other: [N / 2, K, 2], columns of every 32 in the order 0-3 8-11 16-19 24-27, 4-7 ... (what
+// unpacking within 128-bit lanes gives); spread undoes it when it reads and writes sums.
+void panel(const void* const* w, int N, int K, void* out) {
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int n = 0; n < N; n += 2) {
+    const uint16_t *a = static_cast<const uint16_t*>(w[n]), *b = static_cast<const uint16_t*>(w[n + 1]);
+    for (int k = 0; k < K; k += 32, to += 64) {
+      const __m512i x = _mm512_loadu_si512(a + k), y = _mm512_loadu_si512(b + k);
+      _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
+      _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+    }
+  }
+}
+
+// Two vectors of sums in the panel's order <-> 32 columns in order.
+inline void in_order(__m512 low, __m512 high, __m512& first, __m512& second) {
+  const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i b = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  first = _mm512_permutex2var_ps(low, a, high);
+  second = _mm512_permutex2var_ps(low, b, high);
+}
+
+inline void in_pairs(__m512 first, __m512 second, __m512& low, __m512& high) {
+  const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const __m512i b = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  low = _mm512_permutex2var_ps(first, a, second);
+  high = _mm512_permutex2var_ps(first, b, second);
+}
+
+template <int R>
+struct Spread {
+  static void run(const uint16_t* const* g, const uint16_t* panel, int N, int K, float* y, int64_t stride) {
+    for (int k = 0; k < K; k += 64) {
+      __m512 sums[R][4];
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < 4; v += 2) {
+          const float* at = y + r * stride + k + 16 * v;
+          in_pairs(_mm512_loadu_ps(at), _mm512_loadu_ps(at + 16), sums[r][v], sums[r][v + 1]);
+        }
+      for (int n = 0; n < N; n += 2) {
+        const uint16_t* from = panel + int64_t(n) * K + 2 * k;
+        __m512bh b[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) b[v] = load(from + 32 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+          int pair;
+          __builtin_memcpy(&pair, g[r] + n, 4);
+          const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, b[v]);
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < 4; v += 2) {
+          __m512 first, second;
+          in_order(sums[r][v], sums[r][v + 1], first, second);
+          _mm512_storeu_ps(y + r * stride + k + 16 * v, first);
+          _mm512_storeu_ps(y + r * stride + k + 16 * v + 16, second);
+        }
+    }
+  }
+};
+
+void spread(const void* const* g, int rows, const void* from, int N, int K, float* y, int64_t stride) {
+  const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(g);
+  const uint16_t* b = static_cast<const uint16_t*>(from);
+  for (int m = 0; m < rows; m += kRows)
+    by_rows<Spread>(rows - m < kRows ? rows - m : kRows, a + m, b, N, K, y + m * stride, stride);
+}
+
+}  // namespace
+
+extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2, 64, 4, tiles, mx_direct, unpack, panel, spread};

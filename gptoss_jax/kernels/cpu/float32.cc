@@ -1,0 +1,113 @@
+// Float32 arithmetic by the compiler's vectors: compiled once for every instruction set, which NAME and WIDTH tell apart.
+#include "arithmetic.h"
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+constexpr int kRows = WIDTH == 16 ? 6 : 3, kColumns = WIDTH == 4 ? 2 : 4;
+
+inline Vector load(const float* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vector v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline float total(Vector v) {
+  float lanes[WIDTH];
+  store(lanes, v);
+  for (int half = WIDTH / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <int R, int C>
+void tile(const float* const* x, const float* w, int64_t stride, int K, float* const* y, int n) {
+  Vector sums[R][C] = {};
+  for (int k = 0; k < K; k += WIDTH) {
+    Vector b[C];
+    for (int c = 0; c < C; c++) b[c] = load(w + c * stride + k);
+    for (int r = 0; r < R; r++) {
+      const Vector a = load(x[r] + k);
+      for (int c = 0; c < C; c++) sums[r][c] += a * b[c];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) y[r][n + c] = total(sums[r][c]);
+}
+
+template <int R>
+void columns(const float* const* x, const float* w, int64_t stride, int N, int K, float* const* y) {
+  int n = 0;
+  for (; n + kColumns <= N; n += kColumns) tile<R, kColumns>(x, w + n * stride, stride, K, y, n);
+  for (; n < N; n++) tile<R, 1>(x, w + n * stride, stride, K, y, n);
+}
+
+void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
+  const float* const* a = reinterpret_cast<const float* const*>(x);
+  const float* b = static_cast<const float*>(w);
+  int m = 0;
+  // Few columns stay in the first cache while all rows pass.
+  for (int n = 0; n < N; n += kColumns) {
+    const int count = N - n < kColumns ? N - n : kColumns;
+    float* at[kRows];
+    for (m = 0; m + kRows <= rows; m += kRows) {
+      for (int r = 0; r < kRows; r++) at[r] = y[m + r] + n;
+      columns<kRows>(a + m, b + n * stride, stride, count, K, at);
+    }
+    for (; m < rows; m++) {
+      at[0] = y[m] + n;
+      columns<1>(a + m, b + n * stride, stride, count, K, at);
+    }
+  }
+}
+
+void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
+  float* to = static_cast<float*>(out);
+  for (int u = 0; u < K / 32; u++) {
+    // 2^(scale - 128) by its bits: halves are integers, so that nothing passes through a subnormal.
+    const uint32_t bits = scales[u] > 1 ? uint32_t(scales[u] - 1) << 23 : 0;
+    float half;
+    __builtin_memcpy(&half, &bits, 4);
+    for (int high = 0; high < 2; high++)
+      for (int i = 0; i < 16; i++) {
+        const int code = blocks[16 * u + i] >> (4 * high) & 15, m = code & 7;
+        const int halves = m + (m > 4 ? m - 4 : 0) + (m > 6 ? 2 : 0);
+        to[32 * u + 16 * high + i] = float(code & 8 ? -halves : halves) * half;
+      }
+  }
+}
+
+void panel(const void* const* w, int N, int K, void* out) {
+  for (int n = 0; n < N; n++) __builtin_memcpy(static_cast<float*>(out) + int64_t(n) * K, w[n], 4 * uint64_t(K));
+}
+
+template <int R>
+void spread_rows(const float* const* g, const float* panel, int N, int K, float* y, int64_t stride) {
+  constexpr int kVectors = 2;
+  for (int k = 0; k < K; k += kVectors * WIDTH) {
+    Vector sums[R][kVectors];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVectors; v++) sums[r][v] = load(y + r * stride + k + v * WIDTH);
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < kVectors; v++) {
+        const Vector b = load(panel + int64_t(n) * K + k + v * WIDTH);
+        for (int r = 0; r < R; r++) sums[r][v] += b * g[r][n];
+      }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVectors; v++) store(y + r * stride + k + v * WIDTH, sums[r][v]);
+  }
+}
+
+void spread(const void* const* g, int rows, const void* from, int N, int K, float* y, int64_t stride) {
+  const float* const* a = reinterpret_cast<const float* const*>(g);
+  const float* b = static_cast<const float*>(from);
+  int m = 0;
+  for (; m + kRows <= rows; m += kRows) spread_rows<kRows>(a + m, b, N, K, y + m * stride, stride);
+  for (; m < rows; m++) spread_rows<1>(a + m, b, N, K, y + m * stride, stride);
+}
+
+}  // namespace
+
+extern "C" const Arithmetic NAME = {4, 32, 0, tiles, nullptr, unpack, panel, spread};

@@ -1,0 +1,155 @@
+"""The C++ sources, compiled once for a machine and kept in the cache folder.
+
+Every instruction set is a unit of its own with its own flags; which one runs is decided when the
+library is loaded, so that machines of different kinds can share a cache folder.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+from jaxlib import version as jaxlib_version
+
+log = logging.getLogger(__name__)
+SOURCES = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w"]
+AVX512 = ["-mavx512f", "-mprefer-vector-width=512"]
+BFLOAT16 = [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
+UNITS: list[tuple[str, list[str]]] = [
+    ("products.cc", []),
+    ("rows.cc", []),
+    ("float32.cc", ["-DNAME=gptoss_float32_base", "-DWIDTH=4"]),
+]
+X86_UNITS = [
+    ("float32.cc", ["-DNAME=gptoss_float32_avx2", "-DWIDTH=8", "-mavx2", "-mfma"]),
+    ("float32.cc", ["-DNAME=gptoss_float32_avx512", "-DWIDTH=16", *AVX512]),
+    ("bfloat16_avx512.cc", BFLOAT16),
+]
+TARGETS = ("gptoss_product", "gptoss_rows")
+
+
+class CannotBuild(Exception):
+    """No library on this machine; the message says why."""
+
+
+def why_not() -> str | None:
+    """Why these kernels cannot run here, None if they can; said once in the log."""
+    return _load()[1]
+
+
+def arithmetics() -> list[str]:
+    """What this machine can compute with, the best first: avx512_bf16, avx512, avx2, portable."""
+    library = _load()[0]
+    if library is None:
+        return []
+    library.gptoss_arithmetics.restype = ctypes.c_char_p
+    return library.gptoss_arithmetics().decode().split()
+
+
+def choose(arithmetic: str) -> None:
+    """Computes with one of `arithmetics` from now on, in all threads; by itself with the best."""
+    library = _load()[0]
+    assert library is not None
+    assert arithmetic in arithmetics(), arithmetic
+    library.gptoss_choose(arithmetic.encode())
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (CannotBuild, OSError) as problem:
+        log.warning(
+            "the kernels for this CPU could not be built (%s): XLA computes instead, several times "
+            "slower; install a C++ compiler (g++), or name one in CXX",
+            problem,
+        )
+        return None, str(problem)
+    for name in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return library, None
+
+
+def folder() -> Path:
+    """Where compiled libraries are kept: beside XLA's compilation cache."""
+    place = os.environ.get("GPTOSS_COMPILATION_CACHE")
+    if place == "off":
+        return Path(tempfile.mkdtemp(prefix="gptoss_jax-"))
+    if place:
+        return Path(place) / "kernels"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "gptoss_jax" / "kernels"
+
+
+def build(where: Path | None = None) -> Path:
+    """The compiled library, made if it is not there yet.
+
+    Args:
+      where: Folder of compiled libraries; by default `folder()`.
+
+    Raises:
+      CannotBuild: There is no compiler, or it fails; the message has its last line.
+    """
+    compiler = _compiler()
+    machine = platform.machine().lower()
+    units = [*UNITS, *(X86_UNITS if machine in ("x86_64", "amd64") else [])]
+    parts = [repr((FLAGS, units, machine, jaxlib_version.__version__)), _version(compiler)]
+    parts += [(SOURCES / name).read_text() for name in sorted({name for name, _ in units})]
+    parts += [(SOURCES / "arithmetic.h").read_text()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    where = folder() if where is None else where
+    target = where / f"cpu-{key}.so"
+    if target.exists():
+        return target
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=where) as temporary:
+            made = Path(temporary) / target.name
+            _compile(compiler, units, made)
+            made.replace(target)
+    except OSError as problem:
+        raise CannotBuild(str(problem)) from None
+    return target
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise CannotBuild(f"no C++ compiler: {wanted or 'g++, clang++ or c++'} is not there")
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
+
+
+def _compile(compiler: str, units: list[tuple[str, list[str]]], target: Path) -> None:
+    objects = []
+    for number, (name, flags) in enumerate(units):
+        objects.append(str(target.parent / f"{number}.o"))
+        include = ["-isystem", jax.ffi.include_dir()]
+        source = str(SOURCES / name)
+        _run([compiler, *FLAGS, *flags, *include, "-c", source, "-o", objects[-1]])
+    _run([compiler, "-shared", "-o", str(target), *objects])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise CannotBuild(str(problem)) from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        raise CannotBuild(f"{Path(command[0]).name} failed: {errors[0]}")
+    return done.stdout

@@ -1,0 +1,241 @@
+"""The CPU's kernels against sums in float64, for every instruction set of this machine."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax import mxfp4
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.kernels import cpu
+from gptoss_jax.kernels.cpu import library
+from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops import backends, expert_mlp
+from gptoss_jax.ops.product import product
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
+FLOAT32 = 2e-6  # of the largest result: sums of up to 5,760 products in another order
+product_of = jax.jit(cpu.grouped_product)
+transposed_of = jax.jit(cpu.grouped_product_transposed)
+
+
+@pytest.fixture(params=library.arithmetics())
+def arithmetic(request):
+    library.choose(request.param)
+    yield request.param
+    library.choose(library.arithmetics()[0])
+
+
+def packed(rng, experts, outputs, inputs, scales=(118, 123)):
+    blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16)).astype(np.uint8)
+    scale = rng.integers(*scales, (experts, outputs, inputs // 32)).astype(np.uint8)
+    values = mxfp4.unpack(blocks, scale).astype(np.float64)
+    return MxTensor(jnp.asarray(blocks), jnp.asarray(scale)), values
+
+
+def plain(rng, experts, outputs, inputs, dtype):
+    weight = jnp.asarray(rng.normal(size=(experts, outputs, inputs)), dtype)
+    return weight, np.asarray(weight.astype(jnp.float32), np.float64)
+
+
+def check(rng, M, X, E, N, K, dtype, kind, transposed):
+    weight, values = packed(rng, E, N, K) if kind == "packed" else plain(rng, E, N, K, dtype)
+    values = np.concatenate([values, np.zeros((1, N, K))])  # nobody's
+    experts = rng.integers(0, E + 1, (M, X)).astype(np.int32)
+    x = jnp.asarray(rng.normal(size=(M, X, N) if transposed else (M, K)), dtype)
+    exact = np.asarray(x.astype(jnp.float32), np.float64)
+    if transposed:
+        found = transposed_of(x, jnp.asarray(experts), weight)
+        expected = np.einsum("mxn,mxnk->mxk", exact, values[experts])
+    else:
+        found = product_of(x, jnp.asarray(experts), weight)
+        expected = np.einsum("mk,mxnk->mxn", exact, values[experts])
+    np.testing.assert_allclose(found, expected, atol=FLOAT32 * abs(expected).max() + 1e-30, rtol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["product", "transposed"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("packed", "bfloat16"), ("packed", "float32"), ("plain", "bfloat16"), ("plain", "float32")],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 4, 5, 6, 96),
+        (3, 2, 4, 70, 32),
+        (67, 3, 4, 34, 160),
+        (7, 1, 1, 38, 2880),
+        (203, 1, 1, 66, 320),
+    ],
+    ids=str,
+)
+def test_sums_of_float64(arithmetic, shape, kind, dtype, transposed):
+    check(np.random.default_rng(0), *shape, jnp.dtype(dtype), kind, transposed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 70), st.integers(1, 4), st.integers(1, 7), st.integers(1, 40), st.integers(1, 12), st.booleans(), st.integers(0, 2**31))  # fmt: skip
+def test_any_shape(M, X, E, half, blocks, transposed, seed):
+    kind, dtype = [("packed", jnp.bfloat16), ("plain", jnp.bfloat16), ("packed", jnp.float32)][
+        seed % 3
+    ]
+    check(np.random.default_rng(seed), M + 1, X, E, 2 * half, 32 * blocks, dtype, kind, transposed)
+
+
+def test_a_row_does_not_depend_on_the_others(arithmetic):
+    rng = np.random.default_rng(1)
+    weight, _ = packed(rng, 3, 40, 192)
+    x = jnp.asarray(rng.normal(size=(57, 192)), jnp.bfloat16)
+    experts = jnp.asarray(rng.integers(0, 3, (57, 2)).astype(np.int32))
+    whole = product_of(x, experts, weight)
+    for rows in (slice(0, 1), slice(3, 8), slice(0, 40)):
+        np.testing.assert_array_equal(product_of(x[rows], experts[rows], weight), whole[rows])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_code_and_scale(arithmetic, dtype):
+    """Each of the 16 codes with every scale, read out by unit vectors: the bits `decode` gives."""
+    codes = np.arange(32, dtype=np.uint8) % 16
+    blocks = np.broadcast_to(codes[0::2] | codes[1::2] << 4, (1, 255, 1, 16))
+    scales = np.arange(255, dtype=np.uint8).reshape(1, 255, 1)
+    weight = MxTensor(jnp.asarray(blocks), jnp.asarray(scales))
+    found = product_of(jnp.eye(32, dtype=dtype), jnp.zeros((32, 1), jnp.int32), weight)
+    expected = np.asarray(weight.dequantize(jnp.float32))[0].T
+    normal = scales.reshape(-1) <= 250  # beyond, halves leave bfloat16's range
+    np.testing.assert_array_equal(found[:, 0][:, normal], expected[:, normal])
+
+
+@pytest.mark.parametrize("experts", [[0] * 33, [5] * 33, [*range(5)] * 6 + [1, 1, 1]], ids=["one", "nobody", "all"])  # fmt: skip
+def test_loads_of_experts(experts):
+    rng = np.random.default_rng(2)
+    weight, values = packed(rng, 5, 12, 64)
+    x = jnp.asarray(rng.normal(size=(33, 64)), jnp.float32)
+    found = product_of(x, jnp.asarray(experts, jnp.int32)[:, None], weight)[:, 0]
+    values = np.concatenate([values, np.zeros((1, 12, 64))])
+    expected = np.einsum("mk,mnk->mn", np.asarray(x, np.float64), values[experts])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def feed_forward(dtype, M=9, counted=False):
+    rng = np.random.default_rng(3)
+    E, F, D, X = 6, 64, 96, 3
+    gate_up, _ = packed(rng, E, 2 * F, D)
+    gate_up = MxTensor(gate_up.blocks.reshape(E, F, 2, -1, 16), gate_up.scales.reshape(E, F, 2, -1))
+    down, _ = packed(rng, E, D, F)
+    biases = [jnp.asarray(rng.normal(size=s), dtype) for s in ((E, F, 2), (E, D))]
+    x = jnp.asarray(rng.normal(size=(M, D)), dtype)
+    weights = jax.nn.softmax(jnp.asarray(rng.normal(size=(M, X)), jnp.float32))
+    experts = jnp.asarray(np.stack([rng.permutation(E)[:X] for _ in range(M)]).astype(np.int32))
+    mask = jnp.asarray(rng.integers(0, 2, M).astype(bool)) if counted else None
+
+    def run(x, gate_up, down):
+        return expert_mlp(
+            x, weights, experts, gate_up, biases[0], down, biases[1],
+            alpha=1.702, limit=1.5, counted_M=mask,
+        )  # fmt: skip
+
+    return run, x, gate_up, down
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("M", [1, 9, 90])
+def test_feed_forward_as_the_reference(M, counted):
+    run, *given = feed_forward(jnp.float32, M, counted)
+    with backends.use(experts="cpu"):
+        found = jax.jit(run)(*given)
+    with backends.use(experts="xla"):
+        expected = jax.jit(run)(*given)
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_bfloat16_is_no_worse_than_the_reference():
+    run, x, gate_up, down = feed_forward(jnp.bfloat16, 60)
+    with backends.use("xla"):
+        reference = jax.jit(run)(x, gate_up, down).astype(jnp.float32)
+        exact = jax.jit(feed_forward(jnp.float32, 60)[0])
+        wide = np.asarray(exact(x.astype(jnp.float32), gate_up, down), np.float64)
+    found = jax.jit(run)(x, gate_up, down).astype(jnp.float32)
+    errors = [np.sqrt(np.mean((np.asarray(y, np.float64) - wide) ** 2)) for y in (found, reference)]
+    assert errors[0] <= 1.02 * errors[1]
+
+
+def test_gradient_of_the_feed_forward():
+    run, x, gate_up, down = feed_forward(jnp.float32)
+    gradient = jax.grad(lambda x: (run(x, gate_up, down) ** 2).sum())
+    with backends.use(experts="cpu"):
+        found = jax.jit(gradient)(x)
+    wide = [w.dequantize(jnp.float32) for w in (gate_up, down)]
+    with backends.use("xla"):
+        expected = jax.jit(jax.grad(lambda x: (run(x, *wide) ** 2).sum()))(x)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * float(abs(expected).max()))
+
+
+def test_dense_product_and_its_gradient():
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(2, 3, 4, 16)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(10, 4, 16)), jnp.bfloat16)
+
+    def both(x, w):
+        value, pull = jax.vjp(lambda x, w: product("BTNH,DNH->BTD", x, w), x, w)
+        return value, *pull(value)
+
+    with backends.use(product="cpu"):
+        found = jax.jit(both)(x, w)
+    with backends.use(product="xla"):
+        expected = jax.jit(both)(x, w)
+    for a, b in zip(found, expected, strict=True):
+        b = np.asarray(b.astype(jnp.float32))
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=4e-3 * abs(b).max())
+
+
+def test_rows_of_a_table():
+    table = jnp.asarray(np.random.default_rng(5).normal(size=(7, 6)), jnp.bfloat16)
+    found = jax.jit(cpu.table_rows)(table, jnp.asarray([3, 0, 6, 3], jnp.int32))
+    np.testing.assert_array_equal(found, table[jnp.asarray([3, 0, 6, 3])])
+
+
+def test_without_a_compiler_xla_computes(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("GPTOSS_COMPILATION_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library._load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            run, *given = feed_forward(jnp.float32)
+            found = jax.jit(run)(*given)
+        assert "no-such-compiler is not there" in caplog.text
+        assert "install a C++ compiler" in caplog.text
+        assert len(caplog.records) == 1
+        with backends.use("xla"):
+            np.testing.assert_array_equal(found, jax.jit(run)(*given))
+        with backends.use(experts="cpu"), pytest.raises(GptOssError, match="no-such-compiler"):
+            run(*given)
+    finally:
+        library._load.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "FLAGS", ["--no-such-flag"])
+    with pytest.raises(library.CannotBuild, match="no-such-flag"):
+        library.build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [{"experts": "cuda"}, {"attentions": "xla"}])
+def test_unknown_names_are_refused(wrong):
+    with pytest.raises(GptOssError, match="no back end"), backends.use(**wrong):
+        pass
+
+
+def test_the_environment_forces(monkeypatch):
+    run, *given = feed_forward(jnp.float32)
+    monkeypatch.setenv("GPTOSS_KERNELS", "product=xla,experts=cpu")
+    found = jax.jit(run)(*given)
+    with backends.use(experts="cpu"):
+        np.testing.assert_array_equal(found, jax.jit(run)(*given))
+    monkeypatch.setenv("GPTOSS_KERNELS", "experts=xla,product=nothing")
+    with pytest.raises(GptOssError, match="nothing"):
+        run(*given)
