@@ -10,8 +10,8 @@ models/gpt_oss/convert_gpt_oss_weights_to_hf.py.
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
@@ -200,3 +200,18 @@ def detect(names: Iterable[str]) -> Layout:
         "of Hugging Face's layout (model.layers.0.mlp.experts.gate_up_proj…) or of OpenAI's "
         "original layout (block.0.mlp.mlp1_weight…)"
     )
+
+
+def put_leaf(tree: dict[Any, Any], path: Path, value: Any) -> None:
+    """Puts a value at a path of a nested dict."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[Any, Any]:
+    """The nested dict of values by path."""
+    tree: dict[Any, Any] = {}
+    for path, value in leaves.items():
+        put_leaf(tree, path, value)
+    return tree

@@ -11,7 +11,7 @@ Source: Hu et al., LoRA, 2021, section 4.1; Kalajdzievski, rsLoRA, 2023, for alp
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from gptoss_jax import dims, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.hf_names import put_leaf
 from gptoss_jax.model import Params, letters
 from gptoss_jax.ops import LowRank, Rounded
 
@@ -136,7 +137,7 @@ def axes(config: GptOssConfig, lora: LoraConfig) -> Params:
     tree: Params = {}
     for path in paths(config, lora):
         a, b = AXES[path[-1]]
-        _set(tree, path, {"a": a, "b": b})
+        put_leaf(tree, path, {"a": a, "b": b})
     return tree
 
 
@@ -261,14 +262,14 @@ def stack(adapters: Mapping[str, tuple[Params, LoraConfig]], dtype: Any, put) ->
             arrays = [np.asarray(pair[part]) for pair in parts.values()]
             whole = np.concatenate(arrays, axis=letters_.index("R"))
             joined[part] = put((*path, part), letters_, whole.astype(dtype))
-        _set(pairs, path, joined)
+        put_leaf(pairs, path, joined)
         table = np.zeros((1 + len(configs), joined["b"].shape[-1]), np.float32)
         start = 0
         for number, pair in parts.items():
             end = start + pair["b"].shape[-1]
             table[1 + number, start:end] = configs[number].scale
             start = end
-        _set(gains, path, table)
+        put_leaf(gains, path, table)
     return Stack(tuple(adapters), pairs, gains)
 
 
@@ -286,9 +287,3 @@ def each_pair(one, tree: Params, name: Any = None) -> Params:
     if set(tree) == {"a", "b"}:
         return one(name, tree)
     return {key: each_pair(one, child, key) for key, child in tree.items()}
-
-
-def _set(tree: Params, path: Sequence[Any], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

@@ -22,10 +22,11 @@ import numpy as np
 from gptoss_jax import lora as low_rank
 from gptoss_jax import sharding
 from gptoss_jax.adapters import peft
-from gptoss_jax.adapters.form import Adapter, put_leaf, size_up
+from gptoss_jax.adapters.form import Adapter, size_up
 from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.hf_names import put_leaf
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
 from gptoss_jax.mxfp4 import MxTensor, unpack

@@ -1,8 +1,6 @@
 """What an adapter is once it is read, whatever it was read from."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.lora import LoraConfig
@@ -40,10 +38,3 @@ class Adapter:
 def size_up(config: GptOssConfig) -> dict[str, int]:
     """The numbers of a config that an adapter depends on."""
     return {name: getattr(config, name) for name in SIZES}
-
-
-def put_leaf(tree: Params, path: Sequence[Any], value: Any) -> None:
-    """Puts a value at a path of a nested dict."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

@@ -20,7 +20,7 @@ import numpy as np
 
 from gptoss_jax import dims, hf_names
 from gptoss_jax import lora as low_rank
-from gptoss_jax.adapters.form import Adapter, put_leaf
+from gptoss_jax.adapters.form import Adapter
 from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.checkpoint.stored import new_folder
 from gptoss_jax.config import GptOssConfig
@@ -232,7 +232,7 @@ def load(folder: Path, config: GptOssConfig) -> Adapter:
         axis = AXES[path[-1]][0].index("R")
         a = np.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
         b = np.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, missing)])
-        put_leaf(tree, path, {"a": a, "b": b})
+        hf_names.put_leaf(tree, path, {"a": a, "b": b})
     layers = tuple(sorted({path[1] for path in parts if path[0] == "layers"}))
     lora = LoraConfig(
         rank=rank,

@@ -19,7 +19,7 @@ from gptoss_jax.checkpoint.source import Source, open_source
 from gptoss_jax.checkpoint.stored import Stored, aligned, new_folder
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.hf_names import Leaf, leaves
+from gptoss_jax.hf_names import Leaf, leaves, nested
 from gptoss_jax.hf_names import Path as ParamPath
 from gptoss_jax.mxfp4 import MxTensor
 
@@ -181,13 +181,7 @@ def local_folder(path: str | Path) -> Path:
 
 def tree(arrays: dict[ParamPath, Any]) -> dict[str, Any]:
     """The nested parameter tree of arrays by path; blocks and scales become an MxTensor."""
-    root: dict[Any, Any] = {}
-    for path, array in arrays.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array
-    return _join(root)
+    return _join(nested(arrays))
 
 
 def _join(node: Any) -> Any:

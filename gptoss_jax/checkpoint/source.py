@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.checkpoint.safetensors_file import Tensor
-from gptoss_jax.checkpoint.stored import Stored
+from gptoss_jax.checkpoint.stored import Stored, refuse
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import Layout, Leaf, detect, leaves
@@ -137,14 +137,7 @@ class Source:
         Raises:
           GptOssError: The first problem, and how many more there are.
         """
-        found = self.problems()
-        if found:
-            more = (
-                f" ({len(found) - 1} more problems: gptoss inspect {self.folder})"
-                if found[1:]
-                else ""
-            )
-            raise GptOssError(f"{self.folder}: {found[0]}{more}")
+        refuse(self.folder, self.problems())
 
 
 def open_source(folder: Path) -> Source:

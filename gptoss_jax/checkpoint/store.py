@@ -29,7 +29,7 @@ from orbax.checkpoint import future
 
 from gptoss_jax import hf_names
 from gptoss_jax.checkpoint.source import read_config, read_json, write_config
-from gptoss_jax.checkpoint.stored import Stored, aligned
+from gptoss_jax.checkpoint.stored import Stored, aligned, refuse
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 
@@ -153,7 +153,7 @@ def write(
     )
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
-            tree = _nest({array.path: array for array in arrays})
+            tree = hf_names.nested({array.path: array for array in arrays})
             with _quiet():
                 checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
         except (
@@ -198,16 +198,6 @@ def _quiet():
         yield
     finally:
         logger.setLevel(level)
-
-
-def _nest(leaves: dict[hf_names.Path, Any]) -> dict[Any, Any]:
-    root: dict[Any, Any] = {}
-    for path, leaf in leaves.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,14 +336,7 @@ class Store:
         Raises:
           GptOssError: The first problem, and how many more there are.
         """
-        found = self.problems()
-        if found:
-            more = (
-                f" ({len(found) - 1} more problems: gptoss inspect {self.folder})"
-                if found[1:]
-                else ""
-            )
-            raise GptOssError(f"{self.folder}: {found[0]}{more}")
+        refuse(self.folder, self.problems())
 
 
 def open_store(folder: Path) -> Store:

@@ -8,7 +8,7 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,18 @@ class Stored:
         for start in range(0, self.shape[0], step):
             rows = slice(start, min(start + step, self.shape[0]))
             yield rows, np.ascontiguousarray(self.read(rows))
+
+
+def refuse(folder: Path, problems: Sequence[str]) -> None:
+    """Refuses a checkpoint that has problems.
+
+    Raises:
+      GptOssError: The first problem, and how many more there are.
+    """
+    if problems:
+        count = len(problems) - 1
+        more = f" ({count} more problems: gptoss inspect {folder})" if count else ""
+        raise GptOssError(f"{folder}: {problems[0]}{more}")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

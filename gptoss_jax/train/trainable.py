@@ -16,6 +16,7 @@ from gptoss_jax import lora as low_rank
 from gptoss_jax import sharding
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.hf_names import put_leaf
 from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.train.optimizer import state_shardings, transform
@@ -155,10 +156,7 @@ def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
     parts: tuple[Params, Params] = {}, {}
     for path, leaf in leaves:
         stays = any(fnmatch.fnmatch(path[-1], pattern) for pattern in frozen)
-        node = parts[stays]
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
+        put_leaf(parts[stays], path, leaf)
     if not parts[0]:
         raise GptOssError("all parameters are frozen: nothing would be trained; freeze fewer")
     return parts
