@@ -107,9 +107,9 @@ def show_compared(found: dict[str, Any]) -> None:
     )
     for name, one in found["systems"].items():
         ratio = found["ratios"].get(name)
-        version = " ".join(f"{k} {v}" for k, v in one["versions"].items() if _names(k, name))
+        shown = one["versions"] if ratio else {name: one["versions"].get(name, "")}
         table.add_row(
-            version or name,
+            ", ".join(f"{package} {version}" for package, version in shown.items()),
             _spread(one, "prefill_tok_s"),
             _spread(one, "decode_tok_s"),
             *(f"{ratio[k]:.2f} x" if ratio else "" for k in ("prefill_tok_s", "decode_tok_s")),
@@ -171,12 +171,6 @@ def show_growth(found: dict[str, Any]) -> None:
         pace = "no room" if seconds is None else _rate(batch / seconds)
         table.add_row(str(batch), _milliseconds(seconds), pace)
     console.print(table)
-
-
-def _names(package: str, system: str) -> bool:
-    return package in (system, system.replace(".", "-") + "-python", "llama-cpp-python") or (
-        package == "torch"
-    )
 
 
 def _spread(one: dict[str, Any], figure: str) -> str:
