@@ -14,7 +14,7 @@ from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels import cpu
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
-from gptoss_jax.ops import backends, expert_mlp
+from gptoss_jax.ops import attention, backends, expert_mlp
 from gptoss_jax.ops.product import product
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
@@ -190,6 +190,104 @@ def test_dense_product_and_its_gradient():
     for a, b in zip(found, expected, strict=True):
         b = np.asarray(b.astype(jnp.float32))
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=4e-3 * abs(b).max())
+
+
+def attended(q, k, v, sinks, q_positions, k_positions, window):
+    """Attention with sinks in float64, key by key."""
+    q, k, v, sinks = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, sinks))
+    (B, T, N, H), K = q.shape, k.shape[2]
+    out = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        at, seen = q_positions[b, t], k_positions[b]
+        visible = (seen >= 0) & (seen <= at) & (seen > at - (window or 1 << 30))
+        scores = k[b, visible, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
+        largest = max(scores.max(initial=-np.inf), sinks[n])
+        weights = np.exp(scores - largest)
+        total = weights.sum() + np.exp(sinks[n] - largest)
+        out[b, t, n] = weights @ v[b, visible, n // (N // K)] / total
+    return out
+
+
+def attention_case(B, T, S, dtype, first, window, seed=0, ring=False):
+    """Queries at positions first .. first + T - 1; slots hold their own positions, or a ring's."""
+    rng = np.random.default_rng(seed)
+    N, K, H = 6, 2, 64
+    q = jnp.asarray(2 * rng.normal(size=(B, T, N, H)), dtype)
+    k, v = (jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2))
+    sinks = jnp.asarray(2 * rng.normal(size=N), jnp.float32)
+    first = np.asarray([first + 3 * b for b in range(B)])
+    q_positions = (first[:, None] + np.arange(T)).astype(np.int32)
+    last = q_positions[:, -1:]
+    slots = np.arange(S)[None]
+    k_positions = last - (last - slots) % S if ring else np.where(slots <= last, slots, -1)
+    k_positions = np.maximum(k_positions, -1).astype(np.int32)
+    return (q, k, v, sinks, q_positions, k_positions), window
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("T", "S", "first", "window", "ring"),
+    [
+        (1, 300, 0, None, False), (1, 300, 290, None, False), (1, 128, 127, 128, True),
+        (1, 128, 128, 128, True), (1, 128, 129, 128, True), (1, 128, 50, 128, True),
+        (1, 136, 131_063, 128, True), (5, 64, 0, None, False), (40, 600, 500, None, False),
+        (37, 700, 400, 128, False), (1, 1, 0, None, False), (3, 257, 254, 127, False),
+        (3, 600, 131_071 - 602, 129, True),
+    ],
+)  # fmt: skip
+def test_attention_in_float64(arithmetic, T, S, first, window, ring, dtype):
+    parts, window = attention_case(2, T, S, dtype, first, window, ring=ring)
+    found = jax.jit(cpu.attention, static_argnums=6)(*map(jnp.asarray, parts), window)
+    expected = attended(*parts, window)
+    # bfloat16: the result's own rounding, and that of the weights
+    tolerance = 2e-6 if dtype == jnp.float32 else 1.5e-2
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance, rtol=0)
+
+
+def test_attention_is_no_worse_than_the_reference():
+    parts, _ = attention_case(2, 30, 300, jnp.bfloat16, 250, None)
+    expected, errors = attended(*parts, None), []
+    for name in ("cpu", "xla"):
+        with backends.use(attention=name):
+            found = jax.jit(attention)(*map(jnp.asarray, parts)).astype(jnp.float32)
+        errors.append(np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2)))
+    assert errors[0] <= 1.02 * errors[1]
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_a_query_does_not_depend_on_the_others(arithmetic, window):
+    parts, _ = attention_case(1, 70, 700, jnp.bfloat16, 600, window)
+    call = jax.jit(cpu.attention, static_argnums=6)
+    whole = call(*map(jnp.asarray, parts), window)
+    q, k, v, sinks, q_positions, k_positions = parts
+    for t in (0, 33, 69):
+        one = call(q[:, t : t + 1], k, v, sinks, q_positions[:, t : t + 1], k_positions, window)
+        np.testing.assert_array_equal(one[:, 0], whole[:, t])
+
+
+def test_keys_that_nobody_sees_may_hold_anything():
+    (q, k, v, sinks, q_positions, k_positions), _ = attention_case(1, 2, 800, jnp.float32, 100, 128)
+    call = jax.jit(cpu.attention, static_argnums=6)
+    clean = call(q, k, v, sinks, q_positions, k_positions, 128)
+    k, v = (x.at[:, 256:].set(jnp.nan) for x in (k, v))
+    np.testing.assert_array_equal(call(q, k, v, sinks, q_positions, k_positions, 128), clean)
+    nothing = call(q, k, v, sinks, q_positions, jnp.full_like(k_positions, -1), 128)
+    np.testing.assert_array_equal(nothing, np.zeros_like(nothing))
+
+
+def test_gradient_of_attention():
+    parts, _ = attention_case(1, 20, 20, jnp.float32, 0, None)
+    arrays, positions = parts[:4], parts[4:]
+
+    def gradients(name):
+        with backends.use(attention=name):
+            return jax.jit(jax.grad(
+                lambda *arrays: (attention(*arrays, *map(jnp.asarray, positions), 8) ** 2).sum(),
+                argnums=(0, 1, 2, 3),
+            ))(*arrays)  # fmt: skip
+
+    for a, b in zip(gradients("cpu"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(abs(b).max()))
 
 
 def test_rows_of_a_table():

@@ -6,11 +6,16 @@ later than the query's, within the window, and in the query's segment. Masked or
 carry position -1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.backends import Backend
 
 KEY_BLOCK, KEY_BLOCKS = 128, 64  # keys read at once up to `extent_B`, and at most so many blocks
 SCORES_LIMIT = 1 << 26  # float32 scores held at once (256 MB): above it queries go block by block
@@ -53,6 +58,42 @@ def attention(
     Source: openai/gpt-oss gpt_oss/triton/attention.py attention_ref, and gpt_oss/torch/model.py
     sdpa.
     """
+    parts = q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions_BT, k_positions_BS
+    reference = functools.partial(_attention, window=window, segments=segments, extent_B=extent_B)
+    return _by_back_end(reference, parts, window, segments)
+
+
+def _by_back_end(reference, parts, window, segments):
+    def why_not_cpu():
+        if segments is not None:
+            return "the kernel knows no segments"
+        if parts[0].shape[-1] % cpu.HEAD_BLOCK:
+            return f"heads are no multiple of {cpu.HEAD_BLOCK}"
+        if sharding.current() is not None:
+            return "the mesh's partitioner knows einsums only"
+        return cpu.why_not()
+
+    @jax.custom_vjp
+    def kernel(q, k, v, sinks, q_positions, k_positions):
+        sinks = sinks.astype(jnp.float32)
+        return cpu.attention(q, k, v, sinks, q_positions, k_positions, window)
+
+    def forward(*parts):
+        return kernel(*parts), parts
+
+    def backward(parts, gradient):
+        arrays, positions = parts[:4], parts[4:]
+        _, pull = jax.vjp(lambda *arrays: reference(*arrays, *positions), *arrays)
+        return *pull(gradient), None, None
+
+    kernel.defvjp(forward, backward)
+    with jax.named_scope("attention"):
+        return backends.run("attention", reference, {"cpu": Backend(kernel, why_not_cpu())}, *parts)
+
+
+def _attention(
+    q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions_BT, k_positions_BS, *, window, segments, extent_B
+):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -60,8 +101,7 @@ def attention(
     if extent_B is not None:
         assert segments is None
         parts = q_BTKGH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, extent_B
-        with jax.named_scope("attention"):
-            return _bounded(sinks_KG, window, *parts).reshape(B, T, N, H)
+        return _bounded(sinks_KG, window, *parts).reshape(B, T, N, H)
 
     def some(q, q_positions, q_segments):
         visible_BTS = _visible(q_positions, k_positions_BS, window)
@@ -70,11 +110,10 @@ def attention(
         return _softmax_average(q, k_BSKH, v_BSKH, sinks_KG, visible_BTS)
 
     q_segments_BT = q_positions_BT if segments is None else segments[0]
-    with jax.named_scope("attention"):
-        if B * N * T * S <= SCORES_LIMIT or T <= QUERY_BLOCK:
-            out = some(q_BTKGH, q_positions_BT, q_segments_BT)
-        else:
-            out = _by_blocks(some, q_BTKGH, q_positions_BT, q_segments_BT)
+    if B * N * T * S <= SCORES_LIMIT or T <= QUERY_BLOCK:
+        out = some(q_BTKGH, q_positions_BT, q_segments_BT)
+    else:
+        out = _by_blocks(some, q_BTKGH, q_positions_BT, q_segments_BT)
     return out.reshape(B, T, N, H)
 
 
@@ -99,6 +138,12 @@ def banded(
     Returns:
       [B, T, N, H] in q's dtype.
     """
+    parts = q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions_BT, k_positions_BS
+    reference = functools.partial(_banded, window=window, segments=segments)
+    return _by_back_end(reference, parts, window, segments)
+
+
+def _banded(q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions_BT, k_positions_BS, *, window, segments):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     count = -(-T // window)
@@ -123,14 +168,13 @@ def banded(
     visible = _visible(q_positions, k_positions, window)
     if segments is not None:
         visible &= fold(segments[0])[:, :, None] == pairs(segments[1])[:, None, :]
-    with jax.named_scope("attention"):
-        out = _softmax_average(
-            fold(q_BTNH).reshape(B * count, window, K, N // K, H),
-            pairs(k_BSKH),
-            pairs(v_BSKH),
-            sinks_N.reshape(K, N // K).astype(jnp.float32),
-            visible,
-        )
+    out = _softmax_average(
+        fold(q_BTNH).reshape(B * count, window, K, N // K, H),
+        pairs(k_BSKH),
+        pairs(v_BSKH),
+        sinks_N.reshape(K, N // K).astype(jnp.float32),
+        visible,
+    )
     return out.reshape(B, count * window, N, H)[:, :T]
 
 

@@ -1,5 +1,7 @@
 """Products on CPUs: MXFP4, bfloat16 and float32 weights, by AVX-512, AVX2 or plain vectors."""
 
+from gptoss_jax.kernels.cpu.attention import HEAD_BLOCK as HEAD_BLOCK
+from gptoss_jax.kernels.cpu.attention import attention as attention
 from gptoss_jax.kernels.cpu.library import why_not as why_not
 from gptoss_jax.kernels.cpu.products import grouped_product as grouped_product
 from gptoss_jax.kernels.cpu.products import grouped_product_transposed as grouped_product_transposed

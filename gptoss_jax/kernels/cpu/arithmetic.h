@@ -24,6 +24,10 @@ struct Arithmetic {
   // `panel` from rows of operands.
   void (*panel)(const void* const* w, int N, int K, void* out);
   void (*spread)(const void* const* g, int rows, const void* panel, int N, int K, float* y, int64_t stride_y);
+
+  // Of `count` scores, a multiple of 16: the largest; and exp(score - largest) as operands, whose sum in float32 is given.
+  float (*largest)(const float* scores, int count);
+  float (*exponentials)(const float* scores, int count, float largest, void* out);
 };
 
 extern "C" const Arithmetic gptoss_float32_base;

@@ -245,6 +245,37 @@ void spread(const void* const* g, int rows, const void* from, int N, int K, floa
     by_rows<Spread>(rows - m < kRows ? rows - m : kRows, a + m, b, N, K, y + m * stride, stride);
 }
 
+float largest(const float* scores, int count) {
+  __m512 found = _mm512_loadu_ps(scores);
+  for (int i = 16; i < count; i += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(scores + i));
+  return _mm512_reduce_max_ps(found);
+}
+
+// exp(x) for x <= 0 to 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf); 0 below -87.
+inline __m512 exponential(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  const float rest[5] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  for (float next : rest) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(next));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), p, n);
+}
+
+float exponentials(const float* scores, int count, float largest, void* out) {
+  uint16_t* to = static_cast<uint16_t*>(out);
+  const __m512 most = _mm512_set1_ps(largest);
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < count; i += 16) {
+    const __m512 value = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most));
+    sum = _mm512_add_ps(sum, value);
+    _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(value));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
 }  // namespace
 
-extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2, 64, 4, tiles, mx_direct, unpack, panel, spread};
+extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,      64,    4,      tiles,   mx_direct,
+                                                      unpack, panel, spread, largest, exponentials};

@@ -108,6 +108,41 @@ void spread(const void* const* g, int rows, const void* from, int N, int K, floa
   for (; m < rows; m++) spread_rows<1>(a + m, b, N, K, y + m * stride, stride);
 }
 
+float largest(const float* scores, int count) {
+  float found = scores[0];
+  for (int i = 1; i < count; i++) found = scores[i] > found ? scores[i] : found;
+  return found;
+}
+
+// exp(x) for x <= 0 to 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf); 0 below -87.
+void exponentials_of(const float* x, float largest, int count, float* to) {
+  for (int i = 0; i < count; i++) {
+    const float wanted = x[i] - largest, value = wanted > -87.0f ? wanted : -87.0f;
+    const int n = int(value * 1.44269504f - 0.5f);
+    const float r = (value - float(n) * 0.693359375f) + float(n) * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int bits = (n + 127) << 23;
+    float scale;
+    __builtin_memcpy(&scale, &bits, 4);
+    to[i] = wanted > -87.0f ? p * scale : 0.0f;
+  }
+}
+
+float exponentials(const float* scores, int count, float largest, void* out) {
+  float* to = static_cast<float*>(out);
+  exponentials_of(scores, largest, count, to);
+  Vector sum = {};
+  for (int i = 0; i < count; i += WIDTH) sum += load(to + i);
+  return total(sum);
+}
+
 }  // namespace
 
-extern "C" const Arithmetic NAME = {4, 32, 0, tiles, nullptr, unpack, panel, spread};
+extern "C" const Arithmetic NAME = {4,      32,    0,      tiles,   nullptr,
+                                    unpack, panel, spread, largest, exponentials};

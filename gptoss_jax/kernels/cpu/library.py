@@ -24,7 +24,9 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w"]
 AVX512 = ["-mavx512f", "-mprefer-vector-width=512"]
 BFLOAT16 = [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 UNITS: list[tuple[str, list[str]]] = [
+    ("choice.cc", []),
     ("products.cc", []),
+    ("attention.cc", []),
     ("rows.cc", []),
     ("float32.cc", ["-DNAME=gptoss_float32_base", "-DWIDTH=4"]),
 ]
@@ -33,7 +35,7 @@ X86_UNITS = [
     ("float32.cc", ["-DNAME=gptoss_float32_avx512", "-DWIDTH=16", *AVX512]),
     ("bfloat16_avx512.cc", BFLOAT16),
 ]
-TARGETS = ("gptoss_product", "gptoss_rows")
+TARGETS = ("gptoss_product", "gptoss_attention", "gptoss_rows")
 
 
 class CannotBuild(Exception):
@@ -104,7 +106,7 @@ def build(where: Path | None = None) -> Path:
     units = [*UNITS, *(X86_UNITS if machine in ("x86_64", "amd64") else [])]
     parts = [repr((FLAGS, units, machine, jaxlib_version.__version__)), _version(compiler)]
     parts += [(SOURCES / name).read_text() for name in sorted({name for name, _ in units})]
-    parts += [(SOURCES / "arithmetic.h").read_text()]
+    parts += [header.read_text() for header in sorted(SOURCES.glob("*.h"))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     where = folder() if where is None else where
     target = where / f"cpu-{key}.so"

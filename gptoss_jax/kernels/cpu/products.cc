@@ -4,24 +4,11 @@
 // grouped by expert, an expert's outputs are cut into tasks, and XLA's own threads take one task after another. A task
 // unpacks its few rows of weights into the second cache once, and multiplies all rows of activations with them.
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
-#include "arithmetic.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
-#if defined(__x86_64__)
-alignas(64) uint16_t gptoss_mxfp4_table[256][16];
-#endif
+#include "host.h"
 
 namespace {
 
@@ -30,103 +17,6 @@ constexpr int kDirectColumns = 64;       // of one that unpacks nothing ahead
 constexpr int kSpreadColumns = 256;      // inputs of one task of the transposed product
 constexpr int kSpreadRows = 256;         // rows of weights that it unpacks at once
 constexpr int64_t kCache = 512 << 10;    // bytes of activations that stay in the second cache
-
-enum class Kind { kBfloat16, kFloat32, kPacked };
-
-const Arithmetic* float32_arithmetic() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return &gptoss_float32_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &gptoss_float32_avx2;
-#endif
-  return &gptoss_float32_base;
-}
-
-// For activations of bfloat16: the machine's own products of bfloat16, or float32 ones, which are as exact.
-const Arithmetic* bfloat16_arithmetic() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return &gptoss_bfloat16_avx512;
-#endif
-  return float32_arithmetic();
-}
-
-const Arithmetic *bfloat16 = nullptr, *float32 = nullptr;
-
-// Chosen once, when the library is loaded.
-const bool ready = [] {
-#if defined(__x86_64__)
-  const float halves[8] = {0, 1, 2, 3, 4, 6, 8, 12};
-  for (int scale = 0; scale < 256; scale++)
-    for (int code = 0; code < 16; code++) {
-      const uint32_t bits = scale > 1 ? uint32_t(scale - 1) << 23 : 0;
-      float half;
-      std::memcpy(&half, &bits, 4);
-      const float value = (code & 8 ? -1.0f : 1.0f) * halves[code & 7] * half;
-      uint32_t whole;
-      std::memcpy(&whole, &value, 4);
-      gptoss_mxfp4_table[scale][code] = uint16_t(whole >> 16);
-    }
-  __builtin_cpu_init();
-#endif
-  bfloat16 = bfloat16_arithmetic();
-  float32 = float32_arithmetic();
-  return true;
-}();
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Calls task(i) for i < count on XLA's threads and on this one, which waits for the last.
-void parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
-  struct Work {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto work = std::make_shared<Work>();
-  // A thread that comes late finds no task, and never touches `task`.
-  const auto run = [work, count, &task] {
-    int64_t mine = 0;
-    for (int64_t i; (i = work->next.fetch_add(1, std::memory_order_relaxed)) < count; mine++) task(i);
-    if (mine && work->done.fetch_add(mine) + mine == count) {
-      std::lock_guard<std::mutex> lock(work->mutex);
-      work->finished.notify_all();
-    }
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
-  run();
-  for (int spins = 0; spins < 2000 && work->done.load() < count; spins++) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  if (work->done.load() == count) return;
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done.load() == count; });
-}
-
-// A scratch buffer of this thread; what was in it is gone.
-template <int Slot>
-void* scratch(int64_t bytes) {
-  struct Buffer {
-    void* at = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(at); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    std::free(buffer.at);
-    buffer.size = (bytes + 63) / 64 * 64;
-    buffer.at = std::aligned_alloc(64, buffer.size);
-  }
-  return buffer.at;
-}
 
 struct Problem {
   const Arithmetic* use;
@@ -180,48 +70,6 @@ struct Groups {
     }
   }
 };
-
-// Activations [rows, width] as operands of `padded` values, zeros behind; in the unpacked order if `group` is not 0.
-std::vector<char> operands(ffi::ThreadPool& pool, const Arithmetic* use, const void* x, Kind kind, int64_t rows,
-                           int64_t width, int64_t padded, int group) {
-  std::vector<char> out(rows * padded * use->bytes);
-  const auto one = [&](int64_t row) {
-    const auto value = [&](int64_t k, auto& to) {
-      if constexpr (sizeof to == 2)
-        to = static_cast<const uint16_t*>(x)[row * width + k];
-      else
-        to = kind == Kind::kBfloat16 ? widen(static_cast<const uint16_t*>(x)[row * width + k])
-                                     : static_cast<const float*>(x)[row * width + k];
-    };
-    const auto fill = [&](auto* to) {
-      if (!group) {
-        for (int64_t k = 0; k < width; k++) value(k, to[k]);
-        for (int64_t k = width; k < padded; k++) to[k] = 0;
-        return;
-      }
-      for (int64_t start = 0; start < padded; start += group)
-        for (int64_t i = 0; i < group; i++) {
-          const int64_t k = start + i, at = start + (i % 2) * (group / 2) + i / 2;
-          if (k < width)
-            value(k, to[at]);
-          else
-            to[at] = 0;
-        }
-    };
-    char* to = out.data() + row * padded * use->bytes;
-    if (use->bytes == 2)
-      fill(reinterpret_cast<uint16_t*>(to));
-    else
-      fill(reinterpret_cast<float*>(to));
-  };
-  if (rows < 16)
-    for (int64_t row = 0; row < rows; row++) one(row);
-  else
-    parallel(pool, (rows + 15) / 16, [&](int64_t i) {
-      for (int64_t row = 16 * i; row < std::min(16 * i + 16, rows); row++) one(row);
-    });
-  return out;
-}
 
 // y [rows, choices, N] = x [rows, K] with the rows of each chosen expert.
 void multiply(ffi::ThreadPool& pool, const Problem& p) {
@@ -350,15 +198,6 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
   });
 }
 
-ffi::ErrorOr<Kind> kind_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::BF16: return Kind::kBfloat16;
-    case ffi::DataType::F32: return Kind::kFloat32;
-    case ffi::DataType::U8: return Kind::kPacked;
-    default: return ffi::Unexpected(ffi::Error::InvalidArgument("expected bfloat16, float32 or uint8"));
-  }
-}
-
 // x [rows, K] (or g [rows, choices, N] if transposed), experts [rows, choices], weights [E, N, K] or blocks [E, N, U, 16],
 // scales [E, N, U] (any array for plain weights) -> float32 [rows, choices, N] (or K).
 ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
@@ -368,7 +207,7 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
   if (!kind.has_value()) return kind.error();
   Problem p;
   p.x_kind = x_kind.value(), p.kind = kind.value();
-  p.use = p.x_kind == Kind::kBfloat16 && p.kind != Kind::kFloat32 ? bfloat16 : float32;
+  p.use = arithmetic_for(p.x_kind == Kind::kBfloat16 && p.kind != Kind::kFloat32 ? Kind::kBfloat16 : Kind::kFloat32);
   p.x = x.untyped_data(), p.w = weights.untyped_data();
   p.scales = static_cast<const uint8_t*>(scales.untyped_data());
   p.experts = experts.typed_data(), p.y = y->typed_data();
@@ -388,25 +227,6 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
 }  // namespace
 
 // Names of what this machine can compute with, the best first, by spaces.
-extern "C" const char* gptoss_arithmetics() {
-#if defined(__x86_64__)
-  if (bfloat16_arithmetic()->bytes == 2) return "avx512_bf16 avx512 avx2 portable";
-  if (float32_arithmetic() == &gptoss_float32_avx512) return "avx512 avx2 portable";
-  if (float32_arithmetic() == &gptoss_float32_avx2) return "avx2 portable";
-#endif
-  return "portable";
-}
-
-// Computes with one of them from now on.
-extern "C" void gptoss_choose(const char* name) {
-  bfloat16 = float32 = &gptoss_float32_base;
-#if defined(__x86_64__)
-  if (!std::strcmp(name, "avx2")) bfloat16 = float32 = &gptoss_float32_avx2;
-  if (!std::strncmp(name, "avx512", 6)) bfloat16 = float32 = &gptoss_float32_avx512;
-  if (!std::strcmp(name, "avx512_bf16")) bfloat16 = &gptoss_bfloat16_avx512;
-#endif
-}
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_product, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

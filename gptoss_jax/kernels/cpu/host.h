@@ -1,0 +1,132 @@
+// What every kernel needs around its arithmetic: XLA's threads, scratch memory, operands made of activations.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "arithmetic.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+enum class Kind { kBfloat16, kFloat32, kPacked };
+
+// What activations of this type are computed with: for bfloat16 the machine's own products of bfloat16, or float32 ones,
+// which are as exact.
+const Arithmetic* arithmetic_for(Kind kind);
+
+namespace {
+
+inline float widen(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Calls task(i) for i < count on XLA's threads and on this one, which waits for the last.
+void parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct Work {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto work = std::make_shared<Work>();
+  // A thread that comes late finds no task, and never touches `task`.
+  const auto run = [work, count, &task] {
+    int64_t mine = 0;
+    for (int64_t i; (i = work->next.fetch_add(1, std::memory_order_relaxed)) < count; mine++) task(i);
+    if (mine && work->done.fetch_add(mine) + mine == count) {
+      std::lock_guard<std::mutex> lock(work->mutex);
+      work->finished.notify_all();
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
+  run();
+  for (int spins = 0; spins < 2000 && work->done.load() < count; spins++) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  if (work->done.load() == count) return;
+  std::unique_lock<std::mutex> lock(work->mutex);
+  work->finished.wait(lock, [&] { return work->done.load() == count; });
+}
+
+// A scratch buffer of this thread; what was in it is gone.
+template <int Slot>
+void* scratch(int64_t bytes) {
+  struct Buffer {
+    void* at = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(at); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.at);
+    buffer.size = (bytes + 63) / 64 * 64;
+    buffer.at = std::aligned_alloc(64, buffer.size);
+  }
+  return buffer.at;
+}
+
+ffi::ErrorOr<Kind> kind_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16: return Kind::kBfloat16;
+    case ffi::DataType::F32: return Kind::kFloat32;
+    case ffi::DataType::U8: return Kind::kPacked;
+    default: return ffi::Unexpected(ffi::Error::InvalidArgument("expected bfloat16, float32 or uint8"));
+  }
+}
+
+// Activations [rows, width] as operands of `padded` values, zeros behind; in the unpacked order if `group` is not 0.
+std::vector<char> operands(ffi::ThreadPool& pool, const Arithmetic* use, const void* x, Kind kind, int64_t rows,
+                           int64_t width, int64_t padded, int group) {
+  std::vector<char> out(rows * padded * use->bytes);
+  const auto one = [&](int64_t row) {
+    const auto value = [&](int64_t k, auto& to) {
+      if constexpr (sizeof to == 2)
+        to = static_cast<const uint16_t*>(x)[row * width + k];
+      else
+        to = kind == Kind::kBfloat16 ? widen(static_cast<const uint16_t*>(x)[row * width + k])
+                                     : static_cast<const float*>(x)[row * width + k];
+    };
+    const auto fill = [&](auto* to) {
+      if (!group) {
+        for (int64_t k = 0; k < width; k++) value(k, to[k]);
+        for (int64_t k = width; k < padded; k++) to[k] = 0;
+        return;
+      }
+      for (int64_t start = 0; start < padded; start += group)
+        for (int64_t i = 0; i < group; i++) {
+          const int64_t k = start + i, at = start + (i % 2) * (group / 2) + i / 2;
+          if (k < width)
+            value(k, to[at]);
+          else
+            to[at] = 0;
+        }
+    };
+    char* to = out.data() + row * padded * use->bytes;
+    if (use->bytes == 2)
+      fill(reinterpret_cast<uint16_t*>(to));
+    else
+      fill(reinterpret_cast<float*>(to));
+  };
+  if (rows < 16)
+    for (int64_t row = 0; row < rows; row++) one(row);
+  else
+    parallel(pool, (rows + 15) / 16, [&](int64_t i) {
+      for (int64_t row = 16 * i; row < std::min(16 * i + 16, rows); row++) one(row);
+    });
+  return out;
+}
+
+}  // namespace
