@@ -19,7 +19,17 @@ import tiny
 
 import gptoss_jax as gj
 from gptoss_jax import bounds, checkpoint, sharding
-from gptoss_jax.bench import compare, growth, machine, measure, report, startup, steps, trace
+from gptoss_jax.bench import (
+    compare,
+    growth,
+    machine,
+    measure,
+    report,
+    startup,
+    steps,
+    trace,
+    weights,
+)
 from gptoss_jax.bench.model import open_model
 from gptoss_jax.bench.process import use_cores
 from gptoss_jax.bench.weights import config_of, random_params
@@ -296,6 +306,12 @@ def test_a_model_of_fewer_layers_keeps_their_kinds():
     model = open_model("gpt-oss-tiny", random_weights=True, layers=1, dtype="float32")
     assert list(model.params["layers"]) == [0]
     assert model.params["embedding"].dtype == jnp.float32
+
+
+def test_a_model_that_does_not_fit_is_not_begun(monkeypatch):
+    monkeypatch.setattr(weights, "free_memory", lambda: int(13.5e9))
+    with pytest.raises(GptOssError, match=r"13\.8 GB of parameters: 13\.5 GB of memory are free"):
+        weights.random_model("gpt-oss-20b")
 
 
 # ---- other systems

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from gptoss_jax.bench import steps
+from gptoss_jax.bench.machine import free_memory
 from gptoss_jax.bench.measure import check
 from gptoss_jax.cache import cache_bytes
 from gptoss_jax.config import FULL, SLIDING
@@ -113,19 +114,6 @@ def _prefill(model: Model, length: int) -> float:
     return statistics.median(found[1:])
 
 
-def free_memory() -> int | None:
-    """Bytes that the first device still has, None where that cannot be known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def plot(report: dict[str, Any], path: Path, title: str) -> None:
     """Draws what `growth` found.
 
@@ -154,16 +142,25 @@ def plot(report: dict[str, Any], path: Path, title: str) -> None:
     curves(by_context, report["contexts"], report["decode_step_s"], 1e3)
     by_context.set(title="Decode, one row", xlabel="tokens in the cache", ylabel="ms a step")
     shown = [
-        (batch, batch / seconds)
+        (batch, seconds)
         for batch, seconds in zip(report["batches"], report["batch_step_s"], strict=True)
         if seconds is not None
     ]
-    by_batch.plot(*zip(*shown, strict=True), "o-", color=colours["released"], ms=4)
-    by_batch.set(
-        title=f"Decode at {report['context']:,} tokens", xlabel="rows", ylabel="tokens/s, all rows"
-    )
-    curves(by_length, report["lengths"], report["prefill_s"], 1)
-    by_length.set(title="Prefill, one row", xlabel="tokens of the prompt", ylabel="seconds")
+    rows, seconds = zip(*shown, strict=True)
+    pace = by_batch.twinx()
+    steps_line = by_batch.plot(rows, [s * 1e3 for s in seconds], "o-", color="#4477aa", ms=4)
+    paces = [batch / s for batch, s in shown]
+    pace_line = pace.plot(rows, paces, "s--", color="#aa3377", ms=4)
+    pace.set(ylabel="tokens/s, all rows", ylim=(0, 1.05 * max(paces)))
+    pace.spines["top"].set_visible(False)
+    by_batch.legend([*steps_line, *pace_line], ["ms a step", "tokens/s"], frameon=False)
+    by_batch.set(title=f"Decode at {report['context']:,} tokens", xlabel="rows", ylabel="ms a step")
+    each = {
+        kind: [s / length for s, length in zip(found, report["lengths"], strict=True)]
+        for kind, found in report["prefill_s"].items()
+    }
+    curves(by_length, report["lengths"], each, 1e3)
+    by_length.set(title="Prefill, one row", xlabel="tokens of the prompt", ylabel="ms a token")
     for axes in (by_context, by_batch, by_length):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -112,6 +113,19 @@ def peak_device() -> int | None:
     """
     devices = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((d["peak_bytes_in_use"] for d in devices if "peak_bytes_in_use" in d), default=None)
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device still has, None where that cannot be known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def describe() -> dict[str, Any]:

@@ -15,7 +15,9 @@ from gptoss_jax import bounds
 from gptoss_jax.bench.measure import Timing
 from gptoss_jax.bounds import Work
 from gptoss_jax.engine import Model
+from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops import backends
 
 
 def least(model: Model, prompt: int, new: int, batch: int) -> dict[str, Work]:
@@ -57,6 +59,17 @@ def shares(
     return found
 
 
+def kernels() -> str:
+    """What computes: the back ends forced by name, or the default platform's own."""
+    if forced := os.environ.get(backends.VARIABLE):
+        return forced
+    if jax.default_backend() != "cpu":
+        return "auto"
+    if why := library.why_not():
+        return f"xla ({why})"
+    return f"cpu ({library.arithmetics()[0]})"
+
+
 def report(
     model: Model,
     timing: Timing,
@@ -93,7 +106,7 @@ def report(
         "capacity": timing.capacity,
         "dtype": model.params["embedding"].dtype.name,
         "mesh": {} if model.mesh is None else dict(model.mesh.shape),
-        "kernels": os.environ.get("GPTOSS_KERNELS", "auto"),
+        "kernels": kernels(),
         "prefill_tok_s": batch * prompt / seconds["prefill"],
         "decode_tok_s": batch / seconds["decode"],
         "prefill_s": seconds["prefill"],

@@ -42,7 +42,7 @@ def show_measured(found: dict[str, Any], name: str) -> None:
         f"{found['new']} new, batch {found['batch']}, median of {found['repeats']}",
         markup=False,
     )
-    console.print(_machine(found), markup=False, style="dim")
+    console.print(f"{_machine(found)}; kernels: {found['kernels']}", markup=False, style="dim")
     table = _table("", "prefill", "decode")
     prefill, step = found["prefill_s"], found["decode_step_s"]
     table.add_row("tokens/s", _rate(found["prefill_tok_s"]), _rate(found["decode_tok_s"]))
@@ -53,8 +53,8 @@ def show_measured(found: dict[str, Any], name: str) -> None:
     table.add_row("  fastest", *(_rate(x * 1e3) for x in fastest))
     table.add_row("  slowest", *(_rate(x * 1e3) for x in slowest))
     work = [found["work"]["prefill"], found["work"]["decode"]]
-    table.add_row("GB to read, at least", *(f"{one['bytes'] / GB:.2f}" for one in work))
-    table.add_row("GFLOP, at least", *(f"{one['flops'] / GIGA:,.1f}" for one in work))
+    table.add_row("MB to read, at least", *(_rate(one["bytes"] / MB) for one in work))
+    table.add_row("GFLOP, at least", *(_rate(one["flops"] / GIGA) for one in work))
     if found["share"]:
         share = found["share"]
         for kind, text in (("bandwidth", "of the bandwidth"), ("matrix", "of the matrix rate")):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax import checkpoint, hf_names, hub, libtpu, sharding
+from gptoss_jax import bounds, checkpoint, hf_names, hub, libtpu, sharding
+from gptoss_jax.bench.machine import free_memory
 from gptoss_jax.checkpoint.stored import aligned
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import Model
@@ -56,10 +57,23 @@ def random_model(
     if not 0 < context <= config.max_context:
         raise GptOssError(f"max_context is {context}: this model's is 1 to {config.max_context}")
     spread = sharding.choose_mesh(mesh, config)
+    apart = spread is not None and jax.default_backend() != "cpu"  # each device has its own memory
+    _check_room(config, dtype or "bfloat16", spread.size if apart else 1)
     params = random_params(
         config, dtype=dtype or "bfloat16", shardings=sharding.for_loading(spread)
     )
     return Model(config, params, load_tokenizer(folder), context, source, spread)
+
+
+def _check_room(config: GptOssConfig, dtype: str, devices: int) -> None:
+    """Refuses what would not fit: a CPU that runs out of memory ends programs of other people."""
+    needed = bounds.weights(config, {}, True, dtype).total
+    free = free_memory()
+    if free is not None and needed > devices * free:
+        raise GptOssError(
+            f"{needed / 1e9:.1f} GB of parameters: {devices * free / 1e9:.1f} GB of memory are "
+            f"free; use fewer layers than {config.num_layers}, or more devices"
+        )
 
 
 def config_of(source: str, layers: int | None = None) -> tuple[GptOssConfig, Path | None]:
