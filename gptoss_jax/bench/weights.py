@@ -57,8 +57,10 @@ def random_model(
     if not 0 < context <= config.max_context:
         raise GptOssError(f"max_context is {context}: this model's is 1 to {config.max_context}")
     spread = sharding.choose_mesh(mesh, config)
-    one = spread is None or jax.default_backend() == "cpu"  # or one memory for all devices
-    _check_room(config, dtype or "bfloat16", 1 if one else spread.size)
+    apart = 1  # memories: a CPU's devices share theirs
+    if spread is not None and jax.default_backend() != "cpu":
+        apart = spread.size
+    _check_room(config, dtype or "bfloat16", apart)
     params = random_params(
         config, dtype=dtype or "bfloat16", shardings=sharding.for_loading(spread)
     )
