@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.backends import Backend
 from gptoss_jax.sharding import activation_spec, batch_axes, current
 from gptoss_jax.sharding import constrain as constrain_array
 
@@ -121,8 +124,18 @@ def write(
     slots_BT: Int[Array, "B T"],
 ) -> Float[Array, "B S K H"]:
     """Stores new rows in their slots; a slot of S or more stores nothing."""
-    rows = jnp.arange(stored_BSKH.shape[0], dtype=jnp.int32)[:, None]
-    return stored_BSKH.at[rows, slots_BT].set(new_BTKH.astype(stored_BSKH.dtype), mode="drop")
+
+    def reference(stored_BSKH, new_BTKH, slots_BT):
+        rows = jnp.arange(stored_BSKH.shape[0], dtype=jnp.int32)[:, None]
+        return stored_BSKH.at[rows, slots_BT].set(new_BTKH, mode="drop")
+
+    return _stored(reference, stored_BSKH, new_BTKH.astype(stored_BSKH.dtype), slots_BT)
+
+
+def _stored(reference, *parts):
+    """CPUs store by a kernel: XLA would turn the whole cache into float32 and back."""
+    why = "the mesh's partitioner knows scatters only" if current() else cpu.why_not()
+    return backends.run("store", reference, {"cpu": Backend(cpu.store_rows, why)}, *parts)
 
 
 def append(
@@ -160,7 +173,12 @@ def append(
         return stored_BSKH
 
     if current() is None:
-        return store(stored_BSKH, new_B1KH, slots_B)
+
+        def reference(stored_BSKH, new_B1KH, slots_B1):
+            return store(stored_BSKH, new_B1KH, slots_B1[:, 0])
+
+        slots_B1 = jnp.minimum(slots_B, stored_BSKH.shape[1] - 1)[:, None]
+        return _stored(reference, stored_BSKH, new_B1KH, slots_B1)
     spread, by_row = (
         activation_spec(letters, x.shape) for letters, x in (("BSKH", stored_BSKH), ("B", slots_B))
     )

@@ -296,6 +296,22 @@ def test_rows_of_a_table():
     np.testing.assert_array_equal(found, table[jnp.asarray([3, 0, 6, 3])])
 
 
+@pytest.mark.parametrize("donated", [False, True])
+def test_rows_of_a_cache(donated):
+    rng = np.random.default_rng(6)
+    stored, new = (jnp.asarray(rng.normal(size=(2, n, 3, 4)), jnp.bfloat16) for n in (9, 3))
+    slots = np.array([[0, 8, 4], [9, 2, -1]], np.int32)
+    expected = np.array(stored)
+    for b, t in np.ndindex(2, 3):
+        if 0 <= slots[b, t] < 9:
+            expected[b, slots[b, t]] = new[b, t]
+    before = np.array(stored)
+    call = jax.jit(cpu.store_rows, donate_argnums=(0,) if donated else ())
+    np.testing.assert_array_equal(call(stored, new, slots), expected)
+    if not donated:
+        np.testing.assert_array_equal(stored, before)
+
+
 def test_without_a_compiler_xla_computes(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("GPTOSS_COMPILATION_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")

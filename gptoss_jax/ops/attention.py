@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.kernels import cpu
+from gptoss_jax.kernels import cpu, tpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
@@ -73,22 +73,36 @@ def _by_back_end(reference, parts, window, segments):
             return "the mesh's partitioner knows einsums only"
         return cpu.why_not()
 
-    @jax.custom_vjp
-    def kernel(q, k, v, sinks, q_positions, k_positions):
+    def on_cpu(q, k, v, sinks, q_positions, k_positions):
         sinks = sinks.astype(jnp.float32)
         return cpu.attention(q, k, v, sinks, q_positions, k_positions, window)
 
-    def forward(*parts):
-        return kernel(*parts), parts
+    def on_tpu(*parts):
+        call = functools.partial(tpu.attention, window=window)
+        if sharding.current() is None:
+            return call(*parts)
+        letters = "BTNH", "BSKH", "BSKH", "N", "BT", "BS"
+        specs = tuple(map(sharding.activation_spec, letters, [x.shape for x in parts]))
+        return jax.shard_map(call, in_specs=specs, out_specs=specs[0])(*parts)
 
     def backward(parts, gradient):
         arrays, positions = parts[:4], parts[4:]
         _, pull = jax.vjp(lambda *arrays: reference(*arrays, *positions), *arrays)
         return *pull(gradient), None, None
 
-    kernel.defvjp(forward, backward)
+    def with_gradient(call):
+        kernel = jax.custom_vjp(call)
+        kernel.defvjp(lambda *parts: (kernel(*parts), parts), backward)
+        return kernel
+
+    others = {
+        "cpu": Backend(with_gradient(on_cpu), why_not_cpu()),
+        "tpu": Backend(
+            with_gradient(on_tpu), None if segments is None else "the kernel knows no segments"
+        ),
+    }
     with jax.named_scope("attention"):
-        return backends.run("attention", reference, {"cpu": Backend(kernel, why_not_cpu())}, *parts)
+        return backends.run("attention", reference, others, *parts)
 
 
 def _attention(

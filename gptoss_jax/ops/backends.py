@@ -24,7 +24,7 @@ from gptoss_jax.errors import GptOssError
 log = logging.getLogger(__name__)
 REFERENCE = "xla"
 BACKENDS = (REFERENCE, "cpu", "tpu")
-OPERATIONS = ("embed", "product", "experts", "attention")
+OPERATIONS = ("embed", "product", "experts", "attention", "store")
 VARIABLE = "GPTOSS_KERNELS"
 
 # Part of jax.jit's key: a choice made while tracing must not be found again under another one.
@@ -50,7 +50,7 @@ def use(everywhere: str | None = None, **operations: str) -> Iterator[None]:
 
     Args:
       everywhere: For all operations.
-      **operations: For single ones: embed, product, experts, attention.
+      **operations: For single ones: embed, product, experts, attention, store.
 
     Raises:
       GptOssError: There is no such operation or back end.

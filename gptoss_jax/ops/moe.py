@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.kernels import cpu
+from gptoss_jax.kernels import cpu, tpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
@@ -30,7 +30,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 SMALLEST_PART = 8  # of a batch in which not all rows count
 LOW_RANK_BLOCK = 16  # rows of one expert in a batch of low-rank products
 
-Weight = MxTensor | jax.Array
+Weight = MxTensor | tpu.TpuExperts | jax.Array
 Addition = LowRank | Rounded
 
 
@@ -107,9 +107,10 @@ def expert_mlp(
       x_MD: Normalised activations.
       weights_MX: float32 routing weights.
       experts_MX: int32 ids.
-      gate_up_EFPD: MxTensor, or an array of x's dtype; P is the interleaved (gate, up) pair.
+      gate_up_EFPD: MxTensor, a kernel's own layout of it, or an array of x's dtype; P is the
+        interleaved (gate, up) pair.
       gate_up_bias_EFP: Bias.
-      down_EDF: MxTensor, or an array of x's dtype.
+      down_EDF: As gate_up.
       down_bias_ED: Bias, added before the weighting.
       alpha: SwiGLU's slope.
       limit: SwiGLU's clamp.
@@ -219,7 +220,14 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
 
     reference = functools.partial(_mlp, alpha=alpha, limit=limit, spread=spread, some=some)
     kernel = functools.partial(_mlp_on_cpu, alpha=alpha, limit=limit)
-    return backends.run("experts", reference, {"cpu": Backend(kernel, why_not_cpu())}, *parts)
+    others = {
+        "cpu": Backend(kernel, why_not_cpu()),
+        "tpu": Backend(
+            lambda *parts: tpu.mlp(*parts[:7], alpha=alpha, limit=limit),
+            tpu.why_not(gate_up, down) or ("low-rank additions" if low_rank else None),
+        ),
+    }
+    return backends.run("experts", reference, others, *parts)
 
 
 def _mlp_on_cpu(
@@ -479,4 +487,4 @@ def merged(weight: jax.Array, a: jax.Array, b: jax.Array, subscripts: str) -> ja
 
 
 def _unpack(weight: Weight, dtype) -> jax.Array:
-    return weight.dequantize(dtype) if isinstance(weight, MxTensor) else weight
+    return weight if isinstance(weight, jax.Array) else weight.dequantize(dtype)

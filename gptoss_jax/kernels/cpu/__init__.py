@@ -5,4 +5,5 @@ from gptoss_jax.kernels.cpu.attention import attention as attention
 from gptoss_jax.kernels.cpu.library import why_not as why_not
 from gptoss_jax.kernels.cpu.products import grouped_product as grouped_product
 from gptoss_jax.kernels.cpu.products import grouped_product_transposed as grouped_product_transposed
+from gptoss_jax.kernels.cpu.rows import store_rows as store_rows
 from gptoss_jax.kernels.cpu.rows import table_rows as table_rows

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kTall = 3, kWide = 8;      // of a tile of plain rows
+constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
@@ -45,36 +45,58 @@ inline void write(const __m512 (&sums)[R][kColumns], float* const* y, int n, int
   }
 }
 
-// Three rows of activations with eight of weights: what streams from the second cache is then a third of what is computed
-// with, and eight half rows of weights stay in the first. Of `count` columns the missing ones repeat the last.
-template <int R>
-void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, int count, int k0, int k1, bool first, bool last,
-          __m512* kept, float* const* y, int n) {
-  __m512 sums[R][kWide];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < kWide; c++) sums[r][c] = first ? _mm512_setzero_ps() : kept[r * kWide + c];
-  const uint16_t* at[kWide];
-  for (int c = 0; c < kWide; c++) at[c] = w + (c < count ? c : count - 1) * stride;
-  for (int k = k0; k < k1; k += 32) {
-    __m512bh a[R];
-#pragma GCC unroll 3
-    for (int r = 0; r < R; r++) a[r] = load(x[r] + k);
+// R rows of activations with C of weights. With `Ahead` weights come from memory: the next kilobyte of each row is asked for.
+template <int R, int C, bool Ahead>
+inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, int k0, int k1, bool first, bool last,
+                 __m512 (*kept)[kWide], float* const* y, int n) {
+  __m512 sums[R][C];
 #pragma GCC unroll 8
-    for (int c = 0; c < kWide; c++) {
-      const __m512bh b = load(at[c] + k);
-#pragma GCC unroll 3
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) sums[r][c] = first ? _mm512_setzero_ps() : kept[r][c];
+  const uint16_t* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) rows[r] = x[r];
+  // Two pointers and multiples of the stride: eight pointers would not fit into registers.
+  const uint16_t *low = w + k0, *high = w + 4 * stride + k0;
+  for (int64_t k = k0; k < k1; k += 32, low += 32, high += 32) {
+    __m512bh a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) a[r] = load(rows[r] + k);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      const uint16_t* at = (c < 4 ? low : high) + (c % 4) * stride;
+      const __m512bh b = load(at);
+      if (Ahead) _mm_prefetch((const char*)(at + 512), _MM_HINT_T0);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a[r], b);
     }
   }
-  for (int r = 0; r < R; r++) {
-    if (!last) {
-      for (int c = 0; c < kWide; c++) kept[r * kWide + c] = sums[r][c];
-      continue;
-    }
-    const __m128 low = totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-    const __m128 high = totals(sums[r][4], sums[r][5], sums[r][6], sums[r][7]);
-    _mm256_mask_storeu_ps(y[r] + n, __mmask8((1 << count) - 1), _mm256_set_m128(high, low));
+  if (!last) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) kept[r][c] = sums[r][c];
+    return;
   }
+  const __m512 zero = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    if (C == 1) {
+      _mm_store_ss(y[r] + n, totals(sums[r][0], zero, zero, zero));
+    } else {
+      const __m128 four = totals(sums[r][0], sums[r][C > 1 ? 1 : 0], sums[r][C > 2 ? 2 : 0], C > 3 ? sums[r][C > 3 ? 3 : 0] : zero);
+      _mm_mask_storeu_ps(y[r] + n, C == 3 ? 7 : 15, four);
+      if (C == 8) _mm_storeu_ps(y[r] + n + 4, totals(sums[r][C - 4], sums[r][C - 3], sums[r][C - 2], sums[r][C - 1]));
+    }
+  }
+}
+
+template <int R, int C>
+void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int N, int K, float* const* y) {
+  int n = 0;
+  for (; n + C <= N; n += C) tile<R, C, true>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
+  for (; n < N; n++) tile<R, 1, true>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
 }
 
 template <int R>
@@ -124,14 +146,6 @@ inline void by_rows(int rows, Rest... rest) {
 }
 
 template <int R>
-struct Tile {
-  static void run(const uint16_t* const* x, const uint16_t* w, int64_t stride, int count, int k0, int k1, bool first,
-                  bool last, __m512* kept, float* const* y, int n) {
-    tile<R>(x, w, stride, count, k0, k1, first, last, kept, y, n);
-  }
-};
-
-template <int R>
 struct TileMx {
   static void run(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int count, int K,
                   float* const* y, int n) {
@@ -139,17 +153,41 @@ struct TileMx {
   }
 };
 
+// Eight half rows of weights stay in the first cache while three rows of activations after the other stream by; the first
+// three read them from memory, the next kilobyte asked for ahead.
+template <int R>
+inline void pass(bool ahead, const uint16_t* const* x, const uint16_t* w, int64_t stride, int k, int end, int K,
+                 __m512 (*kept)[kWide], float* const* y, int n) {
+  if (ahead)
+    tile<R, kWide, true>(x, w, stride, k, end, k == 0, end == K, kept, y, n);
+  else
+    tile<R, kWide, false>(x, w, stride, k, end, k == 0, end == K, kept, y, n);
+}
+
 void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const uint16_t* b = static_cast<const uint16_t*>(w);
+  switch (rows) {
+    case 1: return few<1, 8>(a, b, stride, N, K, y);
+    case 2: return few<2, 8>(a, b, stride, N, K, y);
+    case 3: return few<3, 8>(a, b, stride, N, K, y);
+    case 4: return few<4, 4>(a, b, stride, N, K, y);
+  }
   alignas(64) __m512 kept[kKept][kWide];
-  // Few rows read their weights but once: no need to keep a part of them at hand.
-  const int part = rows > 8 && rows <= kKept ? kPart : K;
-  for (int n = 0; n < N; n += kWide)
-    for (int k = 0; k < K; k += part)
-      for (int m = 0; m < rows; m += kTall)
-        by_rows<Tile>(rows - m < kTall ? rows - m : kTall, a + m, b + n * stride, stride, N - n < kWide ? N - n : kWide, k,
-                      k + part < K ? k + part : K, k == 0, k + part >= K, kept[part < K ? m : 0], y + m, n);
+  const int part = rows <= kKept ? kPart : K;
+  int n = 0;
+  for (; n + kWide <= N; n += kWide)
+    for (int k = 0; k < K; k += part) {
+      const int end = k + part < K ? k + part : K;
+      const uint16_t* from = b + n * stride;
+      int m = 0;
+      for (; m + kTall <= rows; m += kTall)
+        pass<kTall>(m == 0, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+      if (rows - m == 2) pass<2>(false, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+      if (rows - m == 1) pass<1>(false, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+    }
+  for (; n < N; n++)
+    for (int m = 0; m < rows; m++) tile<1, 1, false>(a + m, b + n * stride, stride, 0, K, true, true, nullptr, y + m, n);
 }
 
 void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,

@@ -35,7 +35,7 @@ X86_UNITS = [
     ("float32.cc", ["-DNAME=gptoss_float32_avx512", "-DWIDTH=16", *AVX512]),
     ("bfloat16_avx512.cc", BFLOAT16),
 ]
-TARGETS = ("gptoss_product", "gptoss_attention", "gptoss_rows")
+TARGETS = ("gptoss_product", "gptoss_attention", "gptoss_rows", "gptoss_store")
 
 
 class CannotBuild(Exception):
