@@ -6,23 +6,30 @@ Knows what is chosen where nobody chose: type, mesh, context. Knows nothing of w
 """
 
 import dataclasses
+import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from gptoss_jax import adapters as files
 from gptoss_jax import checkpoint, hub, libtpu, lora, sharding
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hub import TINY
+from gptoss_jax.kernels import tpu
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
+from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.tokenizer import load_tokenizer
 
+log = logging.getLogger(__name__)
+Layout = Literal["released", "packed", "folded"]
 SMALL_BYTES = 1 << 30  # below it a CPU computes in float32: faster there, and exact to the tests
 
 
@@ -35,6 +42,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    experts: Layout | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Model:
     """Loads a model.
@@ -53,6 +61,9 @@ def load(
       offline: Use only what the Hub's cache already holds.
       adapters: Name -> folder of an adapter: what `gptoss finetune` or `adapters.save` wrote, or
         peft's; requests choose by name.
+      experts: How MXFP4 experts lie in memory: "released", the bytes as they are, which training
+        and adapters need; "packed" or "folded", as a TPU's kernels read them (kernels/tpu/layout.py
+        says which suits what). By default as `storage_for` says.
       progress: Called with each parameter's name and bytes when it is there.
 
     Returns:
@@ -85,10 +96,96 @@ def load(
         raise GptOssError(
             f"max_context is {max_context}: this model's context is 1 to {config.max_context}"
         )
+    form = experts or ("released" if adapters else storage_for(params, spread))
+    if form != "released":
+        params = laid_out(params, form, spread)
     tokenizer = load_tokenizer(folder)
     context = max_context or config.max_context
     model = Model(config, params, tokenizer, context, str(source), spread)
     return with_adapters(model, adapters) if adapters else model
+
+
+def storage_for(
+    params: Params, mesh: Mesh | None = None, device: Any = None, room: float = 0
+) -> Layout:
+    """How experts should lie on the devices of a mesh.
+
+    Args:
+      params: Arrays or shapes, MXFP4 experts as MxTensor.
+      mesh: None for one device.
+      device: One of them; by default the mesh's first, or the default device.
+      room: Bytes that it has; 0 for what it says.
+
+    Returns:
+      "released" but on TPUs, where kernels read a layout of their own, unless experts are plain or
+      cut by fsdp; there as `kernels.tpu.storage` says.
+    """
+    if device is None:
+        device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    sizes = {} if mesh is None else mesh.shape
+    packed = [x for x in _experts(params) if isinstance(x, MxTensor)]
+    if device.platform != "tpu" or not packed or sizes.get("fsdp", 1) > 1:
+        return "released"
+    room = room or (device.memory_stats() or {}).get("bytes_limit") or 0
+    parts = math.prod(sizes.get(axis, 1) for axis in sharding.EXPERT_AXES)
+    folded = sum(_nbytes(tpu.shapes(x, "folded")) for x in packed) // parts
+    others = sum(map(_nbytes, jax.tree.leaves(params))) - sum(map(_nbytes, packed))
+    return tpu.storage(device.device_kind, folded + others // sizes.get("tensor", 1), int(room))
+
+
+def laid_out(params: Params, form: tpu.Storage, mesh: Mesh | None = None) -> Params:
+    """The same parameters with MXFP4 experts as a TPU's kernels read them.
+
+    Layer after layer, and the tree given is changed: at no time two copies of all experts are held.
+    Experts whose values do not fit the form take the next one that holds them, which the log says.
+
+    Args:
+      params: The tree, MXFP4 experts as MxTensor.
+      form: "packed" or "folded".
+      mesh: Over which it is spread.
+    """
+    for number, layer in params["layers"].items():
+        for name in ("gate_up", "down"):
+            weight, path = layer["mlp"][name], f"layers.{number}.mlp.{name}"
+            found, why = tpu.to_tpu(weight, form, path)
+            if found is None and form == "folded":
+                log.info("%s", why)
+                found, why = tpu.to_tpu(weight, "packed", path)
+            if found is None:
+                log.info("%s", why)
+                continue
+            if mesh is not None:
+                found = jax.device_put(found, expert_sharding(mesh))
+            layer["mlp"][name] = found
+    return params
+
+
+def expert_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the arrays of `laid_out` experts lie."""
+    return NamedSharding(mesh, sharding.parameter_spec((), "EPUU"))
+
+
+def shapes_laid_out(params: Params, form: tpu.Storage, where: Any) -> Params:
+    """`laid_out` of jax.ShapeDtypeStruct, each with the sharding `where`."""
+
+    def one(leaf):
+        if not isinstance(leaf, MxTensor):
+            return leaf
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tpu.shapes(leaf, form)
+        )
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, MxTensor))
+
+
+def _experts(params: Params) -> list[Any]:
+    return [
+        layer["mlp"][name] for layer in params["layers"].values() for name in ("gate_up", "down")
+    ]
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) -> Model:

@@ -22,11 +22,11 @@ from jax.sharding import SingleDeviceSharding
 
 from gptoss_jax import mxfp4
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.kernels.tpu import attention as kernel_attention
 from gptoss_jax.kernels.tpu import layout, moe
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 
+kernel_attention = importlib.import_module("gptoss_jax.kernels.tpu.attention")
 ops_attention = importlib.import_module("gptoss_jax.ops.attention")
 ops_moe = importlib.import_module("gptoss_jax.ops.moe")
 ALPHA, LIMIT = 1.702, 7.0
@@ -44,12 +44,12 @@ def mlp(*parts, strict=False):
 @functools.partial(jit, static_argnames=("window", "strict"))
 def attend(*parts, window=None, extent=None, strict=False):
     interpret = STRICT if strict else True
-    return kernel_attention.attention(*parts, window, extent, interpret=interpret)
+    return kernel_attention.attention(*parts, window=window, extent_B=extent, interpret=interpret)
 
 
-def random_experts(shape, seed=0, scales=(118, 123)) -> MxTensor:
-    generator = np.random.default_rng(seed)
-    grid = (*shape[:-1], shape[-1] // 32)
+def random_experts(shape: tuple[int, ...], seed=0, scales=(118, 123)) -> Any:
+    generator: Any = np.random.default_rng(seed)
+    grid: Any = (*shape[:-1], shape[-1] // 32)
     blocks = generator.integers(0, 256, (*grid, 16), dtype=np.uint8)
     return MxTensor(
         jnp.asarray(blocks), jnp.asarray(generator.integers(*scales, grid, dtype=np.uint8))
@@ -92,7 +92,7 @@ def test_folded_experts_are_the_same_values(shape):
 
 def test_scales_too_far_apart_are_not_folded_and_zero_blocks_do_not_count():
     weight = random_experts((2, 16, 64), scales=(100, 101))
-    far = MxTensor(weight.blocks, weight.scales.at[1, 3, 1].set(127))
+    far: Any = MxTensor(weight.blocks, weight.scales.at[1, 3, 1].set(127))
     found, why = layout.to_tpu(far, "folded", "layers.0.mlp.down")
     assert found is None
     assert why is not None
@@ -105,7 +105,7 @@ def test_scales_too_far_apart_are_not_folded_and_zero_blocks_do_not_count():
 @pytest.mark.parametrize("form", ["packed", "folded"])
 def test_scales_of_infinite_values_are_refused(form):
     weight = random_experts((2, 16, 64), scales=(230, 231))
-    top = MxTensor(weight.blocks, weight.scales.at[1, 3, 1].set(254))
+    top: Any = MxTensor(weight.blocks, weight.scales.at[1, 3, 1].set(254))
     found, why = layout.to_tpu(top, form)
     assert found is None
     assert why == (
@@ -137,11 +137,21 @@ def test_unpacking_in_the_kernel_is_exact_for_every_code_and_scale():
 
 
 def test_storage_is_folded_only_where_it_fits_with_room():
-    gib = 1 << 30
-    assert layout.storage("v5e", 13 * gib, 23 * gib, 16 * gib) == "packed"
-    assert layout.storage("v6e", 13 * gib, 23 * gib, 31 * gib) == "packed"
-    assert layout.storage("v5p", 13 * gib, 23 * gib, 95 * gib) == "folded"
-    assert layout.storage("v5p", 61 * gib, 115 * gib, 95 * gib) == "packed"
+    small, large = 22_700_000_000, 119_000_000_000
+    assert layout.storage("TPU v5 lite", small, 16 << 30) == "packed"
+    assert layout.storage("TPU v6 lite", small, 31 << 30) == "folded"
+    assert layout.storage("TPU v6 lite", large // 4, 31 << 30) == "packed"
+    assert layout.storage("TPU v5", large // 4, 95 << 30) == "folded"
+    assert layout.storage("TPU7x", small, 95 << 30) == "packed"
+
+
+@pytest.mark.parametrize("form", ["packed", "folded"])
+def test_shapes_are_those_of_the_arrays(form):
+    weight = random_experts((3, 48, 2, 96))
+    there = held(weight, form)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), there) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), layout.shapes(weight, form)
+    )
 
 
 # ---- visits
@@ -316,9 +326,9 @@ def test_a_row_that_nobody_counts_cannot_spoil_others():
 # ---- attention
 
 
-def exact_attention(q, k, v, sinks, q_positions, k_positions, window=None):
+def exact_attention(parts, q_positions, k_positions, window=None):
     """The definition in float64, a loop over everything."""
-    q, k, v, sinks = (np.asarray(x).astype(np.float64) for x in (q, k, v, sinks))
+    q, k, v, sinks = (np.asarray(x).astype(np.float64) for x in parts)
     B, T, N, H = q.shape
     group = N // k.shape[2]
     out = np.zeros_like(q)
@@ -352,7 +362,7 @@ def full(lengths, S):
 
 def check(parts, q_positions, k_positions, window=None, extent=None, strict=False):
     got = attend(*parts, q_positions, k_positions, window=window, extent=extent, strict=strict)
-    want = exact_attention(*parts, q_positions, k_positions, window)
+    want = exact_attention(parts, q_positions, k_positions, window)
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-6)
 
 
@@ -414,7 +424,7 @@ def test_attention_of_any_shape(B, T, S, K, G, window, seed):
 def test_attention_in_bfloat16_is_as_exact_as_the_reference():
     parts = drawn(2, 40, 300, N=16, K=2, H=64, dtype=jnp.bfloat16)
     q_positions, k_positions = ints(np.arange(40)[None] + [[200], [100]]), full([240, 140], 300)
-    exact = exact_attention(*parts, q_positions, k_positions)
+    exact = exact_attention(parts, q_positions, k_positions)
     got = attend(*parts, q_positions, k_positions)
     assert got.dtype == jnp.bfloat16
     with backends.use("xla"):
@@ -490,14 +500,9 @@ def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(topology, form, E, 
     array, D = shapes_on(topology), 2880
 
     def experts(P):
-        if form == "packed":
-            parts = array((E, P, 360, 2944), jnp.int32), array((E, P, 96, 2944), jnp.uint8)
-        else:
-            parts = (
-                array((E, P, 2944, 2944), jnp.float8_e5m2),
-                array((E, P, 1, 2944), jnp.float32),
-            )
-        return layout.TpuExperts(*parts, D, D, P == 2)
+        grid = (E, D, P, D // 32) if P == 2 else (E, D, D // 32)
+        weight: Any = MxTensor(array((*grid, 16), jnp.uint8), array(grid, jnp.uint8))
+        return jax.tree.map(lambda x: array(x.shape, x.dtype), layout.shapes(weight, form))
 
     memory, text = compiled(
         functools.partial(moe.mlp, alpha=ALPHA, limit=LIMIT),
@@ -506,7 +511,7 @@ def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(topology, form, E, 
     )  # fmt: skip
     bytes_packed = E * 3 * D * D * 17 // 32
     # activations: a block of rows for every visit
-    limit = {1: 1 << 20, 64: 128 << 20, 512: 512 << 20}[M]
+    limit = {1: 4 << 20, 64: 128 << 20, 512: 512 << 20}[M]
     assert memory.temp_size_in_bytes < min(limit, 1.1 * bytes_packed)
     least = bytes_packed if form == "packed" else E * 3 * D * D
     assert least < memory.argument_size_in_bytes < 1.06 * least + M * 10_000

@@ -282,7 +282,8 @@ class _Judge:
         known = one.memory.weights + one.memory.cache
         if known > one.memory.available:
             return one  # no compiler is needed to see it
-        steps = programs.Steps(self.config, one.mesh, devices, self.packed)
+        room = one.memory.available
+        steps = programs.Steps(self.config, one.mesh, devices, self.packed, room=room)
         found: dict[str, Program] = {}
         try:
             for name in self.steps:

@@ -26,6 +26,7 @@ from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import CHUNKS, DECODE
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.loading import Layout, expert_sharding, shapes_laid_out, storage_for
 from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
@@ -147,15 +148,35 @@ device_description_str: "{device.name}"
 
 
 class Steps:
-    """The steps of one model on some devices, ready to be compiled for any batch and context."""
+    """The steps of one model on some devices, ready to be compiled for any batch and context.
+
+    `form` says how experts lie in memory, by default as `loading.storage_for` says for devices of
+    `room` bytes.
+    """
 
     def __init__(
-        self, config: GptOssConfig, sizes: dict[str, int], devices: list[Any], packed: bool = True
+        self,
+        config: GptOssConfig,
+        sizes: dict[str, int],
+        devices: list[Any],
+        packed: bool = True,
+        form: Layout | None = None,
+        room: float = 0,
     ):
         self.config = config
         self.mesh = sharding.make_mesh(sizes, config, devices)
         self.device = devices[0]
         self.params = self._params(packed)
+        # what generation runs: on TPUs the experts lie as the kernels read them
+        self.form = form or storage_for(self.params, self.mesh, self.device, room)
+        self.held = self.params
+        if self.form != "released":
+            where = (
+                SingleDeviceSharding(self.device)
+                if self.mesh is None
+                else expert_sharding(self.mesh)
+            )
+            self.held = shapes_laid_out(self.params, self.form, where)
 
     def _where(self, spec: PartitionSpec):
         if self.mesh is None:
@@ -204,7 +225,7 @@ class Steps:
             settings = to_arrays([Sampling(seed=0)] * batch, [0] * batch, V)
         settings = jax.tree.map(lambda x: self._array(x.shape, x.dtype), settings)
         stops, limit = self._array((batch, 4), jnp.int32), self._array((), jnp.int32)
-        parts = self.params, state, settings, stops, limit
+        parts = self.held, state, settings, stops, limit
         return self._compile(
             lambda: steps.decode.trace(*parts, config=self.config, size=DECODE, top=None)
         )
@@ -213,7 +234,7 @@ class Steps:
         """One chunk of the prompts at the end of a full context."""
         chunk = min(CHUNKS[-1], context)
         parts = (
-            self.params,
+            self.held,
             self._array((batch, chunk), jnp.int32, "BT"),
             self._array((batch, chunk), jnp.bool_, "BT"),
             self._cache(batch, context),

@@ -38,7 +38,7 @@ def attention(
     window: int | None = None,
     extent_B: Int[Array, " B"] | None = None,
     *,
-    interpret=False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B T N H"]:
     """softmax over the visible keys and one sink per head, whose share is dropped.
 

@@ -30,10 +30,10 @@ GROUP = 64  # inputs that one row of tiles of words holds: 8 sublanes of 8 codes
 LARGEST_SCALE = 252
 # Exponents that e5m2 has for normal numbers are 30; a block's values take 4 of them.
 LARGEST_SPREAD = 26
-# The exponent field of e5m2 that the smallest scale's half gets.
-FIRST_EXPONENT = 1
 # Of the code of nibble and half: [nibble, sublane, half, output].
 SHIFTS = (4 * np.arange(4)[:, None] + 16 * np.arange(2)).astype(np.uint32)[:, None, :, None]
+
+FAST_MEMORY = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # beside their vector units
 
 Storage = Literal["packed", "folded"]
 
@@ -84,6 +84,10 @@ class TpuExperts:
         """Bytes held, padding included."""
         return self.values.nbytes + self.scales.nbytes
 
+    def __getitem__(self, expert) -> "TpuExperts":
+        """One expert, for `dequantize`."""
+        return dataclasses.replace(self, values=self.values[expert], scales=self.scales[expert])
+
     def released(self) -> MxTensor:
         """The released bytes again, bit for bit.
 
@@ -98,7 +102,9 @@ class TpuExperts:
         return _released(self)
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
-        """Values [E, F, P, D] or [E, D, F], exact in bfloat16."""
+        """Values [E, F, P, D] or [E, D, F], of one expert without E, exact in bfloat16."""
+        if self.values.ndim == 3:
+            return self[None].dequantize(dtype)[0]
         if self.packed:
             return self.released().dequantize(dtype)
         values = self.values.astype(jnp.float32) * self.scales
@@ -106,25 +112,22 @@ class TpuExperts:
         return out if self.paired else out[:, :, 0]
 
 
-def storage(kind: str, bytes_packed: int, bytes_folded: int, room: int) -> Storage:
+def storage(kind: str, folded: int, room: int) -> Storage:
     """Which storage a device gets.
 
-    folded where it fits: a v5e's vector unit does about 4 operations on each weight in the time in
-    which memory delivers it packed, and unpacking takes 6 (v5p and v6e: the same or less), so that
-    packed experts are read at 50 to 70 % of the bandwidth (estimated, not measured), folded ones
-    without any work at 53 % of the weights a second that packed bytes would allow. At equal speed
-    memory decides: packed unless it leaves more than half of the device free either way.
+    Unpacking takes 6 operations of the vector unit a weight. A v5e does about as many in the time
+    in which its memory delivers a folded weight, so packed loses nothing there and takes half the
+    memory; v5p and v6e would read packed experts at 40 to 60 % of their bandwidth, and folded ones
+    about 1.5 times as fast as that (from data sheets: not measured). So these two get folded
+    experts where that leaves a quarter of the memory for the cache: gpt-oss-20b on one v6e (22.7 of
+    33.5 GB) and one v5p, gpt-oss-120b on 4 v5p, but packed on 4 v6e.
 
     Args:
-      kind: "v5e", "v5p" or "v6e".
-      bytes_packed, bytes_folded: Of all parameters of one device in either form.
+      kind: JAX's device_kind, such as "TPU v6 lite"; one that is not known here gets packed.
+      folded: Bytes of parameters on one device if folded.
       room: Bytes of the device.
-
-    Returns:
-      "folded" for v5p where the folded model takes at most half of the memory; else "packed".
     """
-    assert bytes_packed <= bytes_folded
-    return "folded" if kind == "v5p" and 2 * bytes_folded <= room else "packed"
+    return "folded" if kind in FAST_MEMORY and folded <= 0.75 * room else "packed"
 
 
 def _up(n: int, multiple: int) -> int:
@@ -204,6 +207,25 @@ def _folded(held: MxTensor, least: jax.Array, paired: bool) -> tuple[jax.Array, 
     factor = jax.lax.bitcast_convert_type((least + (127 - 114)) << 23, jnp.float32)
     factor = _to_rows(factor[..., None], paired)
     return _pad(values, inputs, outputs), _pad(factor, 1, outputs)
+
+
+def shapes(weight: MxTensor, form: Storage) -> TpuExperts:
+    """What `to_tpu` makes of a tensor, as jax.ShapeDtypeStruct.
+
+    Args:
+      weight: Of arrays or jax.ShapeDtypeStruct.
+      form: "packed" or "folded".
+    """
+
+    def make(weight):
+        paired = weight.ndim == 4
+        if form == "packed":
+            values, scales = _packed(weight.blocks, weight.scales, paired)
+        else:
+            values, scales = _folded(weight, _extent(weight)[0], paired)
+        return TpuExperts(values, scales, weight.shape[1], weight.shape[-1], paired)
+
+    return jax.eval_shape(make, weight)
 
 
 def to_tpu(

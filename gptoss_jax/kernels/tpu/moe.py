@@ -56,7 +56,7 @@ def mlp(
     *,
     alpha: float,
     limit: float,
-    interpret=False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "M D"]:
     """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x.
 
@@ -224,9 +224,8 @@ def in_place(x: jax.Array, interpret) -> jax.Array:
 
 def result_shape(shape: tuple[int, ...], dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that an operand varies over, inside shard_map."""
-    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", ()) for x in operands))
-    kind = ManualAxisType(varying=axes) if axes else None
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=axes))
 
 
 def _gate_up(experts, live, fresh, rows, outs, x, values, scales, bias, out, *scratch,
