@@ -6,7 +6,7 @@ nonsense.
 
 It fails if an error is not the client's, an answer with a seed differs from the one given alone, an
 answer holds another client's numbers, slots or queue do not come back, or the server's resident
-memory grows after its first fifth. tests/test_server_engine.py runs ten seconds of it.
+memory grows after its first fifth. tests/test_server_engine.py runs a few seconds of it.
 """
 
 import argparse

@@ -37,7 +37,7 @@ SETTINGS = EngineSettings(slots=4, max_context=256, chunk=16, max_queue=20)
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model()
+    return tiny.model(config=tiny.SMALL, params=tiny.params(tiny.SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_every_request_gets_what_generate_gives(model, engine):
 def test_gpt_oss_tiny_answers_the_same_alone_and_in_a_crowd():
     """To the bit of the log probabilities."""
     model = gj.load("gpt-oss-tiny")
-    engine = Engine(model, EngineSettings(slots=8, max_context=512, chunk=64))
+    engine = Engine(model, EngineSettings(slots=8, max_context=512))
     rng = np.random.default_rng(4)
     text = "What is 12 + 7? Tell me about the sea. "
     some = [

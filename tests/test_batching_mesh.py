@@ -16,7 +16,7 @@ from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import letters
 from gptoss_jax.sampling import Sampling
 
-CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=2, layer_types=tiny.CONFIG.layer_types[:2])
+CONFIG = tiny.SMALL
 SETTINGS = EngineSettings(slots=4, max_context=128, chunk=16, max_queue=50)
 NAMES = (None, "one", "two")
 

@@ -1,6 +1,7 @@
 """The device's part of continuous batching: a row's numbers are its own, whatever the others do."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from gptoss_jax import ops
+from gptoss_jax import model, ops
 from gptoss_jax.batching import choices
 from gptoss_jax.batching import slots as device
 from gptoss_jax.cache import make_cache
-from gptoss_jax.model import forward
 from gptoss_jax.sampling import Sampling, sample, to_arrays
 
-CONFIG, V = tiny.CONFIG, tiny.CONFIG.vocab_size
+forward = jax.jit(model.forward, static_argnames="config")
+CONFIG, V = tiny.SMALL, tiny.SMALL.vocab_size
 ROWS, CONTEXT, BACK = 4, 300, 3
 EVERYTHING = np.full((ROWS, -(-V // 32)), 0xFFFFFFFF, np.uint32)
 PROMPTS = [np.asarray(tiny.tokens(1, n, seed=n))[0] for n in (150, 9, 21, 70)]
@@ -55,19 +56,19 @@ def test_attention_up_to_an_extent_is_attention_over_the_keys_before_it():
 
 
 def test_experts_of_rows_that_count():
-    layer = tiny.params()["layers"][0]["mlp"]
+    layer = tiny.params(CONFIG)["layers"][0]["mlp"]
     weights = [layer[name] for name in ("gate_up", "gate_up_bias", "down", "down_bias")]
     generator = np.random.default_rng(1)
     x = jnp.asarray(generator.normal(size=(40, CONFIG.hidden_size)), jnp.float32)
     experts = jnp.asarray(generator.integers(0, 12, (40, 4)), jnp.int32)
     shares = jnp.full((40, 4), 0.25)
-    settings = {"alpha": 1.7, "limit": 7.0}
-    expected = ops.expert_mlp(x, shares, experts, *weights, **settings)
+    mlp = jax.jit(functools.partial(ops.expert_mlp, alpha=1.7, limit=7.0))
+    expected = mlp(x, shares, experts, *weights)
     several = jnp.asarray(generator.random(40) < 0.4)
     results = []
     for counted in (several, jnp.arange(40) == 7, jnp.ones(40, bool)):
         counted = counted | (jnp.arange(40) == 7)
-        found = ops.expert_mlp(x, shares, experts, *weights, **settings, counted_M=counted)
+        found = mlp(x, shares, experts, *weights, counted_M=counted)
         kept = np.asarray(counted)
         np.testing.assert_allclose(found[kept], expected[kept], atol=1e-5)
         assert not np.asarray(found)[~kept].any()
@@ -116,12 +117,12 @@ def begin(slots, row, prompt, sampling=SAMPLING, chunk=16):
         ids = np.zeros((1, chunk), np.int32)
         ids[0, : len(part)] = part
         place = np.array([row, at, len(part), 0], np.int32)
-        slots, _ = device.read(tiny.params(), slots, ids, place, config=CONFIG)
+        slots, _ = device.read(tiny.params(CONFIG), slots, ids, place, config=CONFIG)
     return device.admit(slots, device.start(row, prompt, sampling, 0, 7, 0, V))
 
 
 def step(slots, allowed=EVERYTHING):
-    slots, logits = choices.advance(tiny.params(), slots, config=CONFIG)
+    slots, logits = choices.advance(tiny.params(CONFIG), slots, config=CONFIG)
     slots, tokens = choices.choose(slots, logits, allowed)
     return slots, logits, np.asarray(tokens)
 
@@ -144,7 +145,7 @@ def alone():
 def test_logits_are_those_of_the_whole_sequence(alone):
     tokens, logits = alone
     whole = np.concatenate([PROMPTS[0], tokens[:-1]])[None]
-    expected, _ = forward(tiny.params(), jnp.asarray(whole), config=CONFIG)
+    expected, _ = forward(tiny.params(CONFIG), jnp.asarray(whole), config=CONFIG)
     np.testing.assert_allclose(logits, expected[0, len(PROMPTS[0]) - 1 :], atol=1e-4)
 
 
@@ -174,7 +175,7 @@ def test_a_row_taken_back_goes_on_as_if_it_had_never_gone_ahead(alone, steps_on)
         slots = begin(make(), 2, PROMPTS[0])
         for _ in range(place):
             slots, _, _ = step(slots)
-        slots, logits = choices.advance(tiny.params(), slots, config=CONFIG)
+        slots, logits = choices.advance(tiny.params(CONFIG), slots, config=CONFIG)
         length = slots.cache.length_B + 0
         wrong = EVERYTHING.copy()
         right = alone[0][place]
@@ -195,9 +196,9 @@ def test_a_row_taken_back_goes_on_as_if_it_had_never_gone_ahead(alone, steps_on)
 def test_a_ring_with_slack_is_a_ring():
     """Chunks and steps over a cache with more slots than the window give the same logits."""
     ids = tiny.tokens(2, 39)
-    expected, _ = forward(tiny.params(), ids, config=CONFIG)
+    expected, _ = forward(tiny.params(CONFIG), ids, config=CONFIG)
     cache, at = make_cache(CONFIG, 2, 64, jnp.float32, slack=3), 0
     for size in (12, 1, 1, 12, 1, 12):
-        logits, cache = forward(tiny.params(), ids[:, at : at + size], cache, config=CONFIG)
+        logits, cache = forward(tiny.params(CONFIG), ids[:, at : at + size], cache, config=CONFIG)
         np.testing.assert_allclose(logits, expected[:, at : at + size], atol=1e-4)
         at += size

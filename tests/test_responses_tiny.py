@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def api(model):
-    engine = Engine(model, EngineSettings(slots=4))
+    engine = Engine(model, EngineSettings(slots=8))
     with (
         served(create_app(engine, ServerSettings(date=DATE))) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api,

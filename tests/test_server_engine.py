@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from gptoss_jax.chat import Chat
 from gptoss_jax.server.app import create_app
 from gptoss_jax.server.settings import ServerSettings
 
+LONG = "--slow" in sys.argv
 QUESTION = [{"role": "user", "content": "What is 7 + 5?"}]
 
 
@@ -136,8 +138,9 @@ def test_the_same_prompt_again_is_cached(api):
     assert second.prompt_tokens_details.cached_tokens >= 128
 
 
-def test_ten_seconds_of_load(address):
-    report = asyncio.run(load(address, clients=24, seconds=10, known=10))
+def test_load(address):
+    seconds = 10 if LONG else 3
+    report = asyncio.run(load(address, clients=24, seconds=seconds, known=10))
     assert not report.wrong, report.text()
     assert all(
         report.done[kind] > 0 for kind in ("whole", "stream", "cancel", "hang_up", "nonsense")

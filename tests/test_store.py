@@ -396,4 +396,6 @@ class AgainstADict(RuleBasedStateMachine):
 
 
 TestAgainstADict = AgainstADict.TestCase
-TestAgainstADict.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAgainstADict.settings = settings(
+    max_examples=300 if "--slow" in sys.argv else 20, stateful_step_count=30, deadline=None
+)
