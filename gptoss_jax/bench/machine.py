@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from gptoss_jax.bench.process import cores, processor, today, versions
 
 REPEATS = 7
-MB = 1 << 20
+MB, ROW = 1 << 20, 1 << 14
 # Beyond the caches: up to 32 MB a group of cores, 50 MB (H200) or 126 MB (B200) on GPUs.
 SIZES = {"cpu": (128 * MB, 256 * MB), "other": (512 * MB, 2048 * MB)}
 # rows, contracted, columns: squares, and 512 tokens through the gate and up of a gpt-oss expert
@@ -41,17 +41,18 @@ def seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def read_rate(sizes: Sequence[int] | None = None, repeats: int = REPEATS) -> float:
-    """Bytes a second that a sum over a large array reads: the best of several sizes.
+    """Bytes a second that summing up a large array reads: the best of several sizes, whole and by
+    rows.
 
     Args:
-      sizes: Bytes of the arrays; by default some that no cache holds.
+      sizes: Bytes of the arrays, multiples of 16 KB; by default some that no cache holds.
       repeats: Of each, of which the median counts.
     """
-    total = jax.jit(jnp.sum)
+    whole, by_rows = jax.jit(jnp.sum), jax.jit(lambda x: x.sum(1))
 
     def rate(size: int) -> float:
-        x = jnp.ones(size // 4, jnp.float32)
-        return size / seconds(lambda: total(x), repeats)
+        x = jnp.ones((size // ROW, ROW // 4), jnp.float32)
+        return max(size / seconds(lambda f=f: f(x), repeats) for f in (whole, by_rows))
 
     return max(rate(size) for size in sizes or _own(SIZES))
 
