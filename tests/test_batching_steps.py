@@ -36,9 +36,10 @@ def test_attention_up_to_an_extent_is_attention_over_the_keys_before_it():
     slots = jnp.arange(S, dtype=jnp.int32)[None]
     known = jnp.where(slots < lengths[:, None], slots, -1)
     positions = lengths[:, None] - 2 + jnp.arange(2, dtype=jnp.int32)[None]
-    expected = ops.attention(q, k, v, sinks, positions, known)
+    attention = jax.jit(ops.attention)
+    expected = attention(q, k, v, sinks, positions, known)
     k, v = (jnp.where((known >= 0)[:, :, None, None], x, 1e3) for x in (k, v))
-    found = jax.jit(ops.attention)(q, k, v, sinks, positions, known, extent_B=lengths)
+    found = attention(q, k, v, sinks, positions, known, extent_B=lengths)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     from gptoss_jax.ops.attention import _by_keys
 
@@ -91,7 +92,8 @@ def test_a_mask_only_takes_away():
     arrays = to_arrays(rows, [0] * B, V)
     zeros = jnp.zeros((B, V), jnp.int32)
     call = (logits, arrays, zeros, zeros, jnp.arange(B, dtype=jnp.int32))
-    free, masked = np.asarray(sample(*call)), np.asarray(sample(*call, jnp.asarray(words)))
+    drawn = jax.jit(sample)
+    free, masked = np.asarray(drawn(*call)), np.asarray(drawn(*call, jnp.asarray(words)))
     agreed = fell_back = 0
     for i, s in enumerate(rows):
         assert allowed[i, masked[i]]
