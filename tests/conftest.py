@@ -47,6 +47,15 @@ def no_engine_outlives_its_test():
         yield
 
 
+@pytest.fixture
+def client():
+    """Makes openai clients of servers that replay scripts; with the engines."""
+    from serving import clients
+
+    with clients() as make:
+        yield make
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow proofs")
 

@@ -21,7 +21,7 @@ from responding import (
     same,
     stream,
 )
-from serving import ASKS, BERN, HELLO, A, E, F, R, S, call, clients
+from serving import ASKS, BERN, HELLO, A, E, F, R, S, call
 
 from gptoss_jax.tokenizer import load_tokenizer
 
@@ -65,12 +65,6 @@ GOLDEN = [
     ("empty", f"{F}{R}", {}, [*BEGIN, "completed"]),
     ("no arguments", call("weather", ""), {"tools": [{**WEATHER, "strict": False}]}, [*BEGIN, *CALL, "completed"]),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def client():
-    with clients() as make:
-        yield make
 
 
 def test_the_strict_check_finds_what_is_wrong():

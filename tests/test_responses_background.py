@@ -26,16 +26,10 @@ from responding import (
     same,
     stream,
 )
-from serving import DATE, HELLO, A, E, F, R, S, app_of, clients, served, until
+from serving import DATE, HELLO, A, E, F, R, S, app_of, served, until
 
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.server.store import Store
-
-
-@pytest.fixture
-def client():
-    with clients() as make:
-        yield make
 
 
 def test_background(client):

@@ -25,7 +25,6 @@ from serving import (
     agent_does_a_tool_loop,
     app_of,
     call,
-    clients,
     local,
     served,
 )
@@ -36,12 +35,6 @@ from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.tokenizer import load_tokenizer
 
 FULL = load_tokenizer()
-
-
-@pytest.fixture
-def client():
-    with clients() as make:
-        yield make
 
 
 def test_continuing_is_sending_everything(client):

@@ -18,7 +18,6 @@ from serving import (
     S,
     agent_does_a_tool_loop,
     call,
-    clients,
     until,
 )
 
@@ -26,12 +25,6 @@ from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.tokenizer import load_tokenizer
 
 FULL = load_tokenizer()
-
-
-@pytest.fixture
-def client():
-    with clients() as make:
-        yield make
 
 
 def test_chat(client):
