@@ -161,7 +161,10 @@ ffi::Error attention(ffi::ThreadPool pool, int64_t window, ffi::AnyBuffer q, ffi
     rows = made.data();
   }
   const int64_t step = std::max<int64_t>(1, 96 / G), parts = (p.T + step - 1) / step;
-  parallel(pool, p.B * p.K * parts, [&](int64_t i) {
+  int64_t seen = 0;
+  for (const Extent& extent : extents) seen += extent.first <= extent.last ? kKeys : 0;
+  if (p.window) seen = std::min(seen, p.B * (p.window + p.T));
+  parallel(pool, p.B * p.K * parts, 2 * seen * p.T * p.N * p.H, [&](int64_t i) {
     const int64_t t0 = i % parts * step, head = i / parts % p.K, b = i / parts / p.K;
     one_task(p, rows, extents, b, head, t0, std::min(step, p.T - t0));
   });

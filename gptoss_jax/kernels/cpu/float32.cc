@@ -1,6 +1,10 @@
 // Float32 arithmetic by the compiler's vectors: compiled once for every instruction set, which NAME and WIDTH tell apart.
 #include "arithmetic.h"
 
+#if WIDTH > 4
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
@@ -63,19 +67,48 @@ void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N,
   }
 }
 
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+
+inline Integers codes_of(const uint8_t* bytes) {
+#if WIDTH == 16
+  return (Integers)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+#elif WIDTH == 8
+  return (Integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+#else
+  Bytes loaded;
+  __builtin_memcpy(&loaded, bytes, sizeof loaded);
+  return __builtin_convertvector(loaded, Integers);
+#endif
+}
+
+// Values of 4-bit codes in halves, signed: small integers, so that nothing passes through a subnormal.
+inline Vector halves_of(Integers codes) {
+#if WIDTH == 16
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);
+  return (Vector)_mm512_permutexvar_ps((__m512i)codes, table);
+#elif WIDTH == 8
+  const __m256 table = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);
+  const __m256 size = _mm256_permutevar8x32_ps(table, (__m256i)codes);  // by three bits
+  return (Vector)_mm256_or_ps(size, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)(codes & 8), 28)));
+#else
+  const Integers m = codes & 7;
+  const Integers halves = m + ((m > 4) & (m - 4)) + ((m > 6) & 2);
+  return (Vector)((Integers)__builtin_convertvector(halves, Vector) | (codes & 8) << 28);
+#endif
+}
+
 void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
   float* to = static_cast<float*>(out);
-  for (int u = 0; u < K / 32; u++) {
-    // 2^(scale - 128) by its bits: halves are integers, so that nothing passes through a subnormal.
-    const uint32_t bits = scales[u] > 1 ? uint32_t(scales[u] - 1) << 23 : 0;
+  for (int u = 0; u < K / 32; u++, to += 32, blocks += 16) {
+    const uint32_t bits = scales[u] > 1 ? uint32_t(scales[u] - 1) << 23 : 0;  // 2^(scale - 128)
     float half;
     __builtin_memcpy(&half, &bits, 4);
-    for (int high = 0; high < 2; high++)
-      for (int i = 0; i < 16; i++) {
-        const int code = blocks[16 * u + i] >> (4 * high) & 15, m = code & 7;
-        const int halves = m + (m > 4 ? m - 4 : 0) + (m > 6 ? 2 : 0);
-        to[32 * u + 16 * high + i] = float(code & 8 ? -halves : halves) * half;
-      }
+    for (int i = 0; i < 16; i += WIDTH) {
+      const Integers codes = codes_of(blocks + i);
+      store(to + i, halves_of(codes & 15) * half);
+      store(to + 16 + i, halves_of(codes >> 4) * half);
+    }
   }
 }
 

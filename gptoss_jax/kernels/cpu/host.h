@@ -31,34 +31,41 @@ inline float widen(uint16_t x) {
   return value;
 }
 
-// Calls task(i) for i < count on XLA's threads and on this one, which waits for the last.
-void parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+// Multiplications that a thread is woken for: it takes as long to come as these do.
+constexpr int64_t kWorthwhile = 1 << 20;
+
+// Calls task(i) for i < count on XLA's threads and on this one, which waits for the last; `work` is what there is to multiply.
+void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, const std::function<void(int64_t)>& task) {
+  const int64_t helpers = std::min({int64_t(pool.num_threads()), count, work / kWorthwhile + 1}) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
   struct Work {
     std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable finished;
   };
-  auto work = std::make_shared<Work>();
+  auto state = std::make_shared<Work>();
   // A thread that comes late finds no task, and never touches `task`.
-  const auto run = [work, count, &task] {
+  const auto run = [state, count, &task] {
     int64_t mine = 0;
-    for (int64_t i; (i = work->next.fetch_add(1, std::memory_order_relaxed)) < count; mine++) task(i);
-    if (mine && work->done.fetch_add(mine) + mine == count) {
-      std::lock_guard<std::mutex> lock(work->mutex);
-      work->finished.notify_all();
+    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < count; mine++) task(i);
+    if (mine && state->done.fetch_add(mine) + mine == count) {
+      std::lock_guard<std::mutex> lock(state->mutex);
+      state->finished.notify_all();
     }
   };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
   run();
-  for (int spins = 0; spins < 2000 && work->done.load() < count; spins++) {
+  for (int spins = 0; spins < 2000 && state->done.load() < count; spins++) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
-  if (work->done.load() == count) return;
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done.load() == count; });
+  if (state->done.load() == count) return;
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() == count; });
 }
 
 // A scratch buffer of this thread; what was in it is gone.
@@ -123,7 +130,7 @@ std::vector<char> operands(ffi::ThreadPool& pool, const Arithmetic* use, const v
   if (rows < 16)
     for (int64_t row = 0; row < rows; row++) one(row);
   else
-    parallel(pool, (rows + 15) / 16, [&](int64_t i) {
+    parallel(pool, (rows + 15) / 16, rows * width, [&](int64_t i) {
       for (int64_t row = 16 * i; row < std::min(16 * i + 16, rows); row++) one(row);
     });
   return out;

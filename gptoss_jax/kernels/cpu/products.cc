@@ -92,7 +92,7 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
     for (int64_t n = 0; rows && n < p.N; n += step) tasks.push_back({e, n, std::min(step, p.N - n)});
   }
   const int64_t block = std::max<int64_t>(6, kCache / (padded * bytes) / 6 * 6);
-  parallel(pool, int64_t(tasks.size()), [&](int64_t i) {
+  parallel(pool, int64_t(tasks.size()), p.rows * p.choices * p.N * p.K, [&](int64_t i) {
     const auto [e, n, count] = tasks[i];
     const int64_t* pairs = groups.pairs.data() + groups.starts[e];
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
@@ -146,7 +146,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
     for (int64_t k = 0; groups.starts[e + 1] > groups.starts[e] && k < p.K; k += kSpreadColumns)
       tasks.push_back({e, k});
   constexpr int64_t kBlock = 96;
-  parallel(pool, int64_t(tasks.size()), [&](int64_t i) {
+  parallel(pool, int64_t(tasks.size()), p.rows * p.choices * p.N * p.K, [&](int64_t i) {
     const auto [e, k] = tasks[i];
     const int64_t* pairs = groups.pairs.data() + groups.starts[e];
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
