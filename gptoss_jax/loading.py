@@ -160,6 +160,30 @@ def laid_out(params: Params, form: tpu.Storage, mesh: Mesh | None = None) -> Par
     return params
 
 
+def released(model: Model) -> Model:
+    """The same model with its experts as they were released, bit for bit: what training, adapters
+    and saving take. The model itself if that is how they lie.
+
+    Raises:
+      GptOssError: They are folded, and hold their released bytes no more.
+    """
+    if not any(isinstance(x, tpu.TpuExperts) for x in _experts(model.params)):
+        return model
+
+    def one(leaf):
+        if not isinstance(leaf, tpu.TpuExperts):
+            return leaf
+        if not leaf.packed:
+            raise GptOssError(
+                f"{model.name}: the experts are folded to float8_e5m2 for a TPU's kernels and hold "
+                "the released bytes no more: load the model with experts='released'"
+            )
+        return leaf.released()
+
+    params = jax.tree.map(one, model.params, is_leaf=lambda x: isinstance(x, tpu.TpuExperts))
+    return dataclasses.replace(model, params=params)
+
+
 def expert_sharding(mesh: Mesh) -> NamedSharding:
     """Where the arrays of `laid_out` experts lie."""
     return NamedSharding(mesh, sharding.parameter_spec((), "EPUU"))
@@ -198,6 +222,7 @@ def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) 
     Raises:
       GptOssError: As `load`.
     """
+    model = released(model)
     base = model._on_mesh(files.fingerprint, model.config, model.params)
     loaded = {}
     for name, folder in adapters.items():

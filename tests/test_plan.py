@@ -19,7 +19,7 @@ from gptoss_jax.cli import main
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.plan import hardware, programs
-from gptoss_jax.plan.hlo import collectives
+from gptoss_jax.plan.hlo import collectives, moved
 
 SMALL, LARGE = GptOssConfig.preset("gpt-oss-20b"), GptOssConfig.preset("gpt-oss-120b")
 libtpu = pytest.mark.skipif(
@@ -196,6 +196,42 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
         "all-reduce": {"count": 6, "bytes": 5 * 4096 + 4},
         "reduce-scatter": {"count": 5, "bytes": 5 * 128},
         "all-gather": {"count": 1, "bytes": 4096},
+    }
+
+
+def test_bytes_moved_count_parts_as_parts_and_fast_memory_as_nothing():
+    text = """HloModule jit_f, is_scheduled=true
+
+%cut.1 (p: bf16[64,128], i: s32[]) -> bf16[1,128] {
+  %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  ROOT %dynamic-slice.1 = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,128}
+}
+
+%body.1 (t: (bf16[64,128], s8[4,1000])) -> (bf16[64,128], s8[4,1000]) {
+  %t = (bf16[64,128]{1,0}, s8[4,1000]{1,0}) parameter(0)
+  %table = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
+  %held = s8[4,1000]{1,0:T(8,128)(4,1)} get-tuple-element(%t), index=1
+  %at = s32[]{:T(128)S(6)} constant(3)
+  %fusion.1 = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} fusion(%table, %at), kind=kLoop, calls=%cut.1
+  %slice-start.1 = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%table), calls=%async.1
+  %slice-done.1 = bf16[16,128]{1,0:S(1)} async-done(%slice-start.1)
+  %add.1 = bf16[64,128]{1,0:S(1)} add(%slice-done.1, %slice-done.1)
+  %experts.7 = f32[8]{0} custom-call(%add.1, %held), custom_call_target="tpu_custom_call"
+  %dynamic-update-slice.2 = bf16[64,128]{1,0} dynamic-update-slice(%table, %row, %at, %at)
+  %row = bf16[2,128]{1,0} copy(%add.1)
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %while.1 = (bf16[64,128], s8[4,1000]) while(%t), condition=%cond.1, body=%body.1
+}
+"""
+    assert moved(text, "tpu_custom_call", {"experts": 0.25}) == {
+        "fusion": 128 * 2,
+        "async": 16 * 128 * 2,
+        "experts": 32 + 1000,
+        "dynamic-update-slice": 2 * 128 * 2,
+        "copy": 2 * 128 * 2,
     }
 
 

@@ -250,7 +250,7 @@ def run(arguments: Arguments) -> int:
     if arguments.watching.preview:
         return _preview(arguments, wanted, examples, held_out or None)
     started = time.perf_counter()
-    model = load_model(arguments.model, quiet=arguments.json)
+    model = load_model(arguments.model, quiet=arguments.json, experts="released")
     shown = not arguments.json and not silent()
     data = loop.load_data(
         model, examples, wanted, held_out or None, show_progress=shown and sys.stderr.isatty()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -132,6 +132,7 @@ def load_model(
     quiet: bool = False,
     adapter: Path | None = None,
     adapters: Mapping[str, Path] | None = None,
+    experts: Any = None,
 ):
     """Loads the model that the options name; says so when it is the one in the box.
 
@@ -140,6 +141,7 @@ def load_model(
       quiet: Say nothing.
       adapter: Folder of an adapter, which requests then name ADAPTER.
       adapters: Folders of adapters by the names that requests give.
+      experts: How they lie in memory, as `gj.load` takes it.
     """
     name = arguments.model or TINY
     if arguments.model is None and not quiet:
@@ -159,6 +161,7 @@ def load_model(
             dtype=arguments.dtype,
             max_context=arguments.max_context,
             adapters={ADAPTER: adapter} if adapter else adapters,
+            experts=experts,
             progress=progress,
         )
     if hosts.place() is not None:

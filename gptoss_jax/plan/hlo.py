@@ -1,4 +1,4 @@
-"""Collectives in a compiled module's text: how many, of which kind, how many bytes."""
+"""What a compiled module's text says: its collectives, and the bytes that a loop moves."""
 
 import re
 from collections.abc import Iterator
@@ -74,3 +74,92 @@ def _size(array: tuple[str, str]) -> int:
     for axis in shape.split(","):
         size *= int(axis) if axis else 1
     return size
+
+
+_NAMED = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_PLACED = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_PARTS = ("dynamic-slice", "slice", "gather")  # operations that read a part of their first operand
+_NOTHING = (
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional",
+    "async-done", "copy-done", "all-reduce-done", "partition-id", "after-all",
+)  # fmt: skip
+
+
+def moved(text: str, loop: str, shares: dict[str, float]) -> dict[str, float]:
+    """Bytes of a TPU's large memory that one turn of a loop reads and writes: a part of an array
+    counts as that part, what lies in fast memory (S(1) in a layout) as nothing.
+
+    Args:
+      text: The compiled module's text.
+      loop: A name that occurs in the loop's body and in no other computation as often (of a
+        kernel).
+      shares: Kernel's name -> the part of its operands that it reads, 1 where none is given.
+
+    Returns:
+      name or kind of operation -> bytes, those without any left out.
+    """
+    bodies, _ = _computations(text)
+    body = max(bodies, key=lambda name: sum(loop in line for line in bodies[name]))
+    named = {
+        match[2]: match.groups()[2:]
+        for match in map(_NAMED.match, bodies[body])
+        if match is not None
+    }
+    found: dict[str, float] = {}
+    for name, (result, kind, rest) in named.items():
+        if kind in _NOTHING:
+            continue
+        kernel = name.rstrip("0123456789").rstrip(".")
+        key = kernel if kind == "custom-call" else kind.removesuffix("-start")
+        operands = [named[x][0] for x in _operands(rest) if x in named]
+        called = re.search(r"calls=%?([\w.\-]+)", rest)
+        if kind.endswith("-start"):  # a copy into fast memory, or out of it: one side counts
+            size = min(map(_size, _ARRAY.findall(result)[:2])) if _far(result) else 0
+        elif kind == "dynamic-update-slice":
+            size = _far(operands[1])
+        elif kind in _PARTS:
+            size = 2 * _far(result) or min(_size(a) for a in _ARRAY.findall(result))
+        elif called and kind == "fusion":
+            size = _of_fusion(bodies[called[1]], operands, result)
+        else:
+            size = _far(result) + shares.get(kernel, 1) * sum(map(_far, operands))
+        if size:
+            found[key] = found.get(key, 0) + size
+    return found
+
+
+def _operands(rest: str) -> list[str]:
+    depth, end = 0, 0
+    for end, letter in enumerate(rest):  # noqa: B007
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+    return re.findall(r"%([\w.\-]+)", rest[:end])
+
+
+def _far(text: str) -> int:
+    """Bytes of the arrays in a text that lie in the large memory."""
+    found = (match.groups() for match in _PLACED.finditer(text))
+    return sum(_size((kind, shape)) for kind, shape, place in found if "S(" not in (place or ""))
+
+
+def _of_fusion(lines: list[str], operands: list[str], result: str) -> int:
+    """What a fusion reads and writes: of operands that are only cut, the pieces."""
+    inside = [match.groups() for match in map(_NAMED.match, lines) if match is not None]
+    total, written = 0, _far(result)
+    for _, name, _, kind, rest in inside:
+        if kind != "parameter":
+            continue
+        operand = operands[int(rest.split(")")[0])]
+        users = [row for row in inside if re.search(rf"%{re.escape(name)}\b", row[4])]
+        firsts = [row for row in users if _operands(row[4])[:1] == [name]]
+        if not _far(operand):
+            continue
+        if users and len(firsts) == len(users) and all(row[3] in _PARTS for row in users):
+            total += sum(_size(a) for row in users for a in _ARRAY.findall(row[2]))
+        elif users and all(row[3] == "dynamic-update-slice" for row in firsts) and firsts:
+            written = 0  # in place: the piece is read elsewhere and written here
+            total += _size(_ARRAY.findall(operands[-1])[0]) if len(operands) > 1 else 0
+        else:
+            total += _far(operand)
+    return total + written

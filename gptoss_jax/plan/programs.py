@@ -7,6 +7,7 @@ which needs the hardware. What comes back is the compiler's own account of memor
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 import re
 import tempfile
@@ -21,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptoss_jax import libtpu, sharding, steps
-from gptoss_jax.bounds import leaves
+from gptoss_jax.bounds import busiest, leaves
 from gptoss_jax.cache import KVCache, make_cache
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import CHUNKS, DECODE
@@ -31,8 +32,10 @@ from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 from gptoss_jax.plan.hardware import Topology
-from gptoss_jax.plan.hlo import collectives
+from gptoss_jax.plan.hlo import collectives, moved
 from gptoss_jax.sampling import Sampling, to_arrays
+
+KERNEL = "tpu_custom_call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Program:
       bytes_accessed: By XLA's count, which takes an operand of which a part is read as read whole.
       collectives: kind -> count and bytes of a step, or None where the text cannot be had.
       seconds: It took to compile.
+      moved: Operation -> bytes of device memory that a decode step moves, parts of arrays counted
+        as parts (`hlo.moved`); None where it is not counted (GPUs, experts as released, prefill).
     """
 
     arguments: int
@@ -58,6 +63,7 @@ class Program:
     bytes_accessed: float | None
     collectives: dict[str, dict[str, int]] | None
     seconds: float
+    moved: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +169,7 @@ class Steps:
         form: Layout | None = None,
         room: float = 0,
     ):
-        self.config = config
+        self.config, self.sizes = config, sizes
         self.mesh = sharding.make_mesh(sizes, config, devices)
         self.device = devices[0]
         self.params = self._params(packed)
@@ -226,8 +232,11 @@ class Steps:
         settings = jax.tree.map(lambda x: self._array(x.shape, x.dtype), settings)
         stops, limit = self._array((batch, 4), jnp.int32), self._array((), jnp.int32)
         parts = self.held, state, settings, stops, limit
+        parts_held = math.prod(self.sizes.get(axis, 1) for axis in sharding.EXPERT_AXES)
+        share = busiest(self.config, self.sizes, batch) * parts_held / self.config.num_experts
         return self._compile(
-            lambda: steps.decode.trace(*parts, config=self.config, size=DECODE, top=None)
+            lambda: steps.decode.trace(*parts, config=self.config, size=DECODE, top=None),
+            dict.fromkeys(("experts_gate_up", "experts_down"), share),
         )
 
     def prefill(self, batch: int, context: int) -> Program:
@@ -258,7 +267,7 @@ class Steps:
         step = jax.jit(training.step(self.mesh), donate_argnums=0)
         return self._compile(lambda: step.trace(state, self.params, micro))
 
-    def _compile(self, trace) -> Program:
+    def _compile(self, trace, shares: dict[str, float] | None = None) -> Program:
         tpu = self.device.platform == "tpu"
         started = time.perf_counter()
         with (
@@ -291,6 +300,9 @@ class Steps:
             bytes_accessed=cost.get("bytes accessed"),
             collectives=None if text is None else collectives(text),
             seconds=seconds,
+            moved=moved(text, KERNEL, shares)
+            if tpu and text and shares and self.form != "released"
+            else None,
         )
 
 

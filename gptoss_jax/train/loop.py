@@ -15,6 +15,7 @@ import numpy as np
 from gptoss_jax import adapters, hosts
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.loading import released
 from gptoss_jax.model import Params
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.sharding import replicate
@@ -215,6 +216,7 @@ class _Run:
     """One run, from its folder's state to its end."""
 
     def __init__(self, model: Model, data: Data, settings: Settings, folder: Path, quiet: bool):
+        model = released(model)
         self.model, self.data, self.settings, self.folder = model, data, settings, folder
         self.quiet, self.mesh = quiet, model.mesh
         self.batches = batches_of(data.train, model, settings)

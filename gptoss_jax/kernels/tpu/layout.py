@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.errors import GptOssError
 from gptoss_jax.mxfp4 import BLOCK, MxTensor
 
 LANES, SUBLANES = 128, 32  # of a tile of bytes
@@ -89,16 +88,10 @@ class TpuExperts:
         return dataclasses.replace(self, values=self.values[expert], scales=self.scales[expert])
 
     def released(self) -> MxTensor:
-        """The released bytes again, bit for bit.
-
-        Raises:
-          GptOssError: The storage is folded: its values say no more which scales they had.
+        """The released bytes again, bit for bit; of packed experts (folded values say no more
+        which scales they had).
         """
-        if not self.packed:
-            raise GptOssError(
-                "experts stored as float8_e5m2 hold the values and not the released bytes: "
-                "load the model again with packed experts"
-            )
+        assert self.packed
         return _released(self)
 
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
