@@ -1,17 +1,20 @@
 """The CPU's kernels against sums in float64, for every instruction set of this machine."""
 
+import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax import mxfp4
+from gptoss_jax.bench.tune import tune
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.kernels import cpu
+from gptoss_jax.kernels import cpu, tuning
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import attention, backends, expert_mlp
@@ -310,6 +313,47 @@ def test_rows_of_a_cache(donated):
     np.testing.assert_array_equal(call(stored, new, slots), expected)
     if not donated:
         np.testing.assert_array_equal(stored, before)
+
+
+@pytest.fixture
+def untuned():
+    yield
+    library.tune(library.Tuning())
+
+
+@pytest.mark.usefixtures("untuned")
+@pytest.mark.parametrize(
+    "values", [{"columns": 8}, {"columns": 128, "cache": 1}, {"direct_rows": 0}, {"direct_columns": 4}]
+)  # fmt: skip
+def test_no_result_depends_on_tuning(values):
+    rng = np.random.default_rng(7)
+    weight, _ = packed(rng, 3, 70, 192)
+    x = jnp.asarray(rng.normal(size=(40, 192)), jnp.bfloat16)
+    experts = jnp.asarray(rng.integers(0, 3, (40, 2)).astype(np.int32))
+    calls = [lambda n=n: product_of(x[:n], experts[:n], weight) for n in (2, 40)]
+    before = [call() for call in calls]
+    library.tune(library.Tuning(**values))
+    for call, expected in zip(calls, before, strict=True):
+        np.testing.assert_array_equal(call(), expected)
+
+
+@pytest.mark.usefixtures("untuned")
+def test_tuned_values_are_kept_and_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTOSS_COMPILATION_CACHE", str(tmp_path))
+    config = dataclasses.replace(tiny.CONFIG, hidden_size=64, intermediate_size=32)
+    found = tune(config, repeats=1, rows=(1, 3), say=lambda text: None)
+    kept = tuning.find("cpu", library.Tuning())
+    assert dataclasses.asdict(kept) == found["tuned"]
+    tuning.save("cpu", library.Tuning(columns=16), {})
+    assert tuning.find("cpu", library.Tuning()) == library.Tuning(columns=16)
+    file = tmp_path / "kernels" / tuning.file_name(tuning.kind("cpu"))
+    file.write_text('{"cpu": {"rows": 1}}')
+    with pytest.raises(GptOssError, match="make it again with gptoss bench --tune"):
+        tuning.find("cpu", library.Tuning())
+    monkeypatch.setenv("GPTOSS_COMPILATION_CACHE", "off")
+    assert tuning.find("cpu", library.Tuning()) == library.Tuning()
+    with pytest.raises(GptOssError, match="no place"):
+        tuning.save("cpu", library.Tuning(), {})
 
 
 def test_without_a_compiler_xla_computes(monkeypatch, tmp_path, caplog):

@@ -3,8 +3,8 @@
 Times prefill and decode through the steps that generation takes: medians over repeats, compiling
 apart, every time ending when the devices are done. --random-weights needs no files: the real
 format and sizes. Other questions, one at a time: --compare (other systems on this CPU), --startup
-(where the time to a first token goes), --plot (growth with context, batch and length), --profile (a
-trace).
+(where the time to a first token goes), --tune (what the kernels can be tuned by), --plot (growth
+with context, batch and length), --profile (a trace).
 """
 
 import dataclasses
@@ -55,6 +55,8 @@ class Arguments:
     """Take the time from a process' start to its first token apart, with the compilation cache
     empty and filled.
     """
+    tune: bool = False
+    """Search what the kernels of this device can be tuned by, and keep it in the cache folder."""
     plot: Path | None = None
     """Draw how cost grows with context, batch and length, for each kind of layer alone (PNG)."""
     contexts: tuple[int, ...] = tuple(1 << n for n in range(10, 18))
@@ -74,6 +76,7 @@ def run(arguments: Arguments) -> int:
     modes = {
         "--compare": bool(arguments.compare),
         "--startup": arguments.startup,
+        "--tune": arguments.tune,
         "--plot": arguments.plot is not None,
         "--profile": arguments.profile is not None,
     }
@@ -89,6 +92,7 @@ def run(arguments: Arguments) -> int:
     call = {
         "--compare": _compare,
         "--startup": _startup,
+        "--tune": _tune,
         "--plot": _plot,
         "--profile": _profile,
     }.get(asked[0] if asked else "", _measure)
@@ -195,6 +199,17 @@ def _startup(arguments: Arguments) -> dict[str, Any]:
     found |= {"processor": process.processor(), "cores": process.cores(), "date": process.today()}
     found["versions"] = process.versions(("gptoss_jax", "jax", "jaxlib", "flax"))
     tables.show_startup(found, chosen["--model"])
+    return found
+
+
+def _tune(arguments: Arguments) -> dict[str, Any]:
+    from gptoss_jax.bench.tune import tune
+    from gptoss_jax.config import GptOssConfig
+
+    found = tune(GptOssConfig.preset("gpt-oss-20b"), repeats=arguments.repeats, say=note)
+    for rows, before in found["ms before"].items():
+        note(f"{rows} rows: {before:.2f} ms before, {found['ms after'][rows]:.2f} after")
+    note(f"kept in {found['file']}")
     return found
 
 

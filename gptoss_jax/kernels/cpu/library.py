@@ -5,6 +5,7 @@ library is loaded, so that machines of different kinds can share a cache folder.
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import jax
 from jaxlib import version as jaxlib_version
+
+from gptoss_jax.kernels import tuning
 
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
@@ -56,6 +59,34 @@ def arithmetics() -> list[str]:
     return library.gptoss_arithmetics().decode().split()
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What can be tuned; no result depends on it.
+
+    Attributes:
+      columns: Outputs of one task, a multiple of 8.
+      direct_columns: Of one that unpacks MXFP4 in registers, a multiple of 4.
+      direct_rows: Rows of one expert up to which it does, at most 4; more unpack into the cache.
+      cache: Bytes of activations that stay in a core's second cache.
+    """
+
+    columns: int = 32
+    direct_columns: int = 64
+    direct_rows: int = 4
+    cache: int = 512 << 10
+
+
+def tune(values: Tuning) -> None:
+    """Computes with these values from now on."""
+    library = _load()[0]
+    assert library is not None
+    _tune(library, values)
+
+
+def _tune(library: ctypes.CDLL, values: Tuning) -> None:
+    library.gptoss_tune(*map(ctypes.c_int64, dataclasses.astuple(values)))
+
+
 def choose(arithmetic: str) -> None:
     """Computes with one of `arithmetics` from now on, in all threads; by itself with the best."""
     library = _load()[0]
@@ -78,18 +109,14 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for name in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    _tune(library, tuning.find("cpu", Tuning()))
     return library, None
 
 
 def folder() -> Path:
-    """Where compiled libraries are kept: beside XLA's compilation cache."""
-    place = os.environ.get("GPTOSS_COMPILATION_CACHE")
-    if place == "off":
-        return Path(tempfile.mkdtemp(prefix="gptoss_jax-"))
-    if place:
-        return Path(place) / "kernels"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "gptoss_jax" / "kernels"
+    """Where compiled libraries are kept; a new place each time if nothing is to be kept."""
+    place = tuning.folder()
+    return Path(tempfile.mkdtemp(prefix="gptoss_jax-")) if place is None else place
 
 
 def build(where: Path | None = None) -> Path:
