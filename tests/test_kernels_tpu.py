@@ -503,6 +503,7 @@ def as_released():
     [
         ("packed", None, True),
         ("packed", None, False),
+        pytest.param("packed", {"data": 2, "expert": 4}, True, marks=pytest.mark.slow),
         pytest.param("folded", None, True, marks=pytest.mark.slow),
     ],
 )
@@ -588,8 +589,7 @@ def made_again(text: str, shape: tuple[int, ...]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TPUS)
 @pytest.mark.parametrize("form", ["packed", "folded"])
-@pytest.mark.parametrize("E", [32, 128])
-@pytest.mark.parametrize("M", [1, 64, 512])
+@pytest.mark.parametrize(("E", "M"), [(32, 1), (32, 64), (32, 512), (128, 1), (128, 512)])
 def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(topology, form, E, M):
     array, D = shapes_on(topology), 2880
 
