@@ -501,7 +501,7 @@ def as_released():
 @pytest.mark.parametrize(
     ("form", "mesh", "kernels"),
     [
-        ("packed", None, True),
+        pytest.param("packed", None, True, marks=pytest.mark.slow),
         ("packed", None, False),
         pytest.param("packed", {"data": 2, "expert": 4}, True, marks=pytest.mark.slow),
         pytest.param("folded", None, True, marks=pytest.mark.slow),
@@ -516,6 +516,47 @@ def test_the_network_with_kernels_is_the_network(form, mesh, kernels, monkeypatc
     got = read_and_continue(laid_out(form, mesh), kernels, mesh)
     for ours, reference in zip(got, as_released(), strict=True):
         np.testing.assert_allclose(ours, reference, atol=2e-5)
+
+
+def test_operations_take_the_kernels_where_they_are_forced_and_say_why_not(monkeypatch):
+    E, D, F = 6, 96, 160
+    gate_up, gate_up_bias, down, down_bias = weights(E, D, F)
+    biases = gate_up_bias.astype(jnp.float32), down_bias.astype(jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, D)), jnp.float32)
+    shares, ids = routed(5, E, 0, "random")
+    heads, positions = drawn(2, 3, 9), (ints([[5, 6, 7], [0, 1, 2]]), full([8, 3], 9))
+
+    def run(up, dn):
+        counted = jnp.asarray([True, True, False, True, True])
+        out = ops_moe.expert_mlp(
+            x, shares, ids, up, biases[0], dn, biases[1], alpha=ALPHA, limit=LIMIT,
+            counted_M=counted,
+        )  # fmt: skip
+
+        def total(q, k, v):
+            return (ops_attention.attention(q, k, v, heads[3], *positions, 4) ** 2).sum()
+
+        return out, *jax.value_and_grad(total, (0, 1, 2))(*heads[:3])
+
+    with backends.use("xla"):
+        expected = jit(run)(gate_up, down)
+    used = []
+
+    def interpreted(name, call):
+        return lambda *parts, **rest: used.append(name) or call(*parts, **rest, interpret=True)
+
+    for name, call in (("mlp", moe.mlp), ("attention", kernel_attention.attention)):
+        monkeypatch.setattr(tpu, name, interpreted(name, call))
+    with backends.use(experts="tpu", attention="tpu"):
+        got = jit(lambda *w: run(*w))(held(gate_up), held(down))
+        with pytest.raises(GptOssError, match="do not lie as the kernel reads them"):
+            run(gate_up, down)
+    assert set(used) == {"mlp", "attention"}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4),
+        got,
+        expected,
+    )
 
 
 def test_a_loaded_model_is_laid_out_and_goes_back():
