@@ -28,18 +28,7 @@ def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
       x: Activations.
       weight: Of x's dtype.
     """
-    return _product(subscripts, *_alike(x, weight))
-
-
-def _alike(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both, varying over the same axes of a mesh inside shard_map; outside as they are."""
-    axes = [getattr(jax.typeof(array), "vma", frozenset()) for array in (x, weight)]
-    both = axes[0] | axes[1]
-    x, weight = (
-        jax.lax.pcast(array, tuple(both - own), to="varying") if both - own else array
-        for array, own in zip((x, weight), axes, strict=True)
-    )
-    return x, weight
+    return _product(subscripts, x, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
