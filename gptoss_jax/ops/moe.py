@@ -216,8 +216,6 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
             return "merged experts are rounded one after another"
         if spread:
             return "experts are spread over a mesh"
-        if low_rank and parts[0].dtype == jnp.float32:
-            return "of low-rank additions in float32 XLA is faster"
         return cpu.why_not()
 
     reference = functools.partial(_mlp, alpha=alpha, limit=limit, spread=spread, some=some)

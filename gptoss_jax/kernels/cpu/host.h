@@ -58,7 +58,7 @@ void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, const std::fun
   };
   for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
   run();
-  for (int spins = 0; spins < 2000 && state->done.load() < count; spins++) {
+  for (int spins = 0; spins < 50000 && state->done.load() < count; spins++) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
