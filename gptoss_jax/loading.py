@@ -114,7 +114,7 @@ def storage_for(
       params: Arrays or shapes, MXFP4 experts as MxTensor.
       mesh: None for one device.
       device: One of them; by default the mesh's first, or the default device.
-      room: Bytes that it has; 0 for what it says.
+      room: Bytes that it has; 0 for what it says, if it is there.
 
     Returns:
       "released" but on TPUs, where kernels read a layout of their own, unless experts are plain or
@@ -126,7 +126,8 @@ def storage_for(
     packed = [x for x in _experts(params) if isinstance(x, MxTensor)]
     if device.platform != "tpu" or not packed or sizes.get("fsdp", 1) > 1:
         return "released"
-    room = room or (device.memory_stats() or {}).get("bytes_limit") or 0
+    if not room and device in jax.local_devices():  # one that is not there says nothing
+        room = (device.memory_stats() or {}).get("bytes_limit", 0)
     parts = math.prod(sizes.get(axis, 1) for axis in sharding.EXPERT_AXES)
     folded = sum(_nbytes(tpu.shapes(x, "folded")) for x in packed) // parts
     others = sum(map(_nbytes, jax.tree.leaves(params))) - sum(map(_nbytes, packed))
