@@ -395,7 +395,7 @@ def test_a_gguf_holds_the_same_sizes(tmp_path):
 @pytest.mark.parametrize("peer", ["transformers", "llama.cpp"])
 def test_programs_of_other_systems_run(peer, tmp_path):
     if compare.missing(peer):
-        pytest.skip(compare.missing(peer))
+        pytest.skip(compare.missing(peer))  # optional, and llama.cpp is compiled for minutes
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG.to_hf()))
     words = ["--config", tmp_path / "config.json", "--prompt", "20", "--new", "3", "--batch", "2"]
     words += ["--threads", "1"]

@@ -24,7 +24,6 @@ from jax.sharding import SingleDeviceSharding
 from gptoss_jax import loading, mxfp4, sharding
 from gptoss_jax.cache import make_cache
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.kernels import tpu
 from gptoss_jax.kernels.tpu import layout, moe
 from gptoss_jax.model import apply, letters
 from gptoss_jax.mxfp4 import MxTensor
@@ -508,8 +507,8 @@ def as_released():
     ],
 )
 def test_the_network_with_kernels_is_the_network(form, mesh, kernels, monkeypatch):
-    for name, call in (("mlp", moe.mlp), ("attention", kernel_attention.attention)):
-        monkeypatch.setattr(tpu, name, functools.partial(call, interpret=True))
+    for room, name in ((moe, "mlp"), (kernel_attention, "attention")):
+        monkeypatch.setattr(room, name, functools.partial(getattr(room, name), interpret=True))
     # the interpreter's own constants do not vary over a mesh (jax 0.10.2), compiled kernels do
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
     mesh = None if mesh is None else sharding.make_mesh(mesh, tiny.SMALL)
@@ -545,8 +544,8 @@ def test_operations_take_the_kernels_where_they_are_forced_and_say_why_not(monke
     def interpreted(name, call):
         return lambda *parts, **rest: used.append(name) or call(*parts, **rest, interpret=True)
 
-    for name, call in (("mlp", moe.mlp), ("attention", kernel_attention.attention)):
-        monkeypatch.setattr(tpu, name, interpreted(name, call))
+    for room, name in ((moe, "mlp"), (kernel_attention, "attention")):
+        monkeypatch.setattr(room, name, interpreted(name, getattr(room, name)))
     with backends.use(experts="tpu", attention="tpu"):
         got = jit(lambda *w: run(*w))(held(gate_up), held(down))
         with pytest.raises(GptOssError, match="do not lie as the kernel reads them"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.kernels import cpu, tpu
+from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
@@ -78,7 +78,9 @@ def _by_back_end(reference, parts, window, segments):
         return cpu.attention(q, k, v, sinks, q_positions, k_positions, window)
 
     def on_tpu(*parts):
-        call = functools.partial(tpu.attention, window=window)
+        from gptoss_jax.kernels.tpu.attention import attention  # Pallas takes 0.2 s to import
+
+        call = functools.partial(attention, window=window)
         if sharding.current() is None:
             return call(*parts)
         letters = "BTNH", "BSKH", "BSKH", "N", "BT", "BS"

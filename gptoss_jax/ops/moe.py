@@ -223,11 +223,17 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
     others = {
         "cpu": Backend(kernel, why_not_cpu()),
         "tpu": Backend(
-            lambda *parts: tpu.mlp(*parts[:7], alpha=alpha, limit=limit),
+            functools.partial(_mlp_on_tpu, alpha=alpha, limit=limit),
             tpu.why_not(gate_up, down) or ("low-rank additions" if low_rank else None),
         ),
     }
     return backends.run("experts", reference, others, *parts)
+
+
+def _mlp_on_tpu(*parts, alpha, limit):
+    from gptoss_jax.kernels.tpu.moe import mlp  # Pallas takes 0.2 s to import
+
+    return mlp(*parts[:7], alpha=alpha, limit=limit)
 
 
 def _mlp_on_cpu(
@@ -281,17 +287,10 @@ def _low_rank_in_blocks(layer, x_MD, experts_MX, low_rank, count):
     """
     (M, X), block = experts_MX.shape, LOW_RANK_BLOCK
     slots, sources, block_experts = group(experts_MX.reshape(-1), count + 1, block)
-    rows_RD = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
+    gathered = functools.partial(_in_blocks, sources=sources // X, block=block)
+    rows_RD = gathered(x_MD).reshape(-1, x_MD.shape[1])
     experts_R = jnp.where(sources < M * X, jnp.repeat(block_experts, block), count)
-
-    def gains(g_MR):
-        g = jnp.take(g_MR, sources // X, axis=0, mode="fill", fill_value=0)
-        return g.reshape(-1, block, g.shape[-1])
-
-    additions = _added(low_rank, block_experts, gains)
-
-    def in_blocks(x):
-        return x.reshape(-1, block, *x.shape[1:])
+    additions = _added(low_rank, block_experts, gathered)
 
     def bias(b_EO):
         chosen = jnp.take(b_EO, block_experts, axis=0, mode="clip").astype(jnp.float32)
@@ -304,7 +303,7 @@ def _low_rank_in_blocks(layer, x_MD, experts_MX, low_rank, count):
         pair = LowRank(a, b.reshape(len(b), -1, b.shape[-1]), gain)
         with backends.use(product=backends.REFERENCE):  # a batch of small products
             more = jax.vmap(functools.partial(low_rank_product, "bI,OI->bO"))(
-                in_blocks(rows_RI), pair
+                rows_RI.reshape(-1, block, rows_RI.shape[-1]), pair
             )
         return out_RO + more.reshape(out_RO.shape)
 
@@ -362,15 +361,9 @@ def _mlp(
     else:
         block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (pairs // (8 * E)).bit_length()))
         slots, sources, block_experts = group(experts_MX.reshape(-1), E + bool(spread), block)
-        rows = jnp.take(x_MD, sources // X, axis=0, mode="fill", fill_value=0)
-        rows = rows.reshape(-1, block, D)
-
-        def gains(g_MR):
-            g = jnp.take(g_MR, sources // X, axis=0, mode="fill", fill_value=0)
-            return g.reshape(-1, block, g.shape[-1])
-
-        added = _added(low_rank, block_experts, gains)
-        out = run(one, rows, block_experts, added).reshape(-1, D)[slots]
+        gathered = functools.partial(_in_blocks, sources=sources // X, block=block)
+        added = _added(low_rank, block_experts, gathered)
+        out = run(one, gathered(x_MD), block_experts, added).reshape(-1, D)[slots]
     return (out.reshape(M, X, D) * weights_MX[..., None]).sum(1)
 
 
@@ -378,15 +371,8 @@ def _for_those(one, x_MD, sources, experts, low_rank, count, block):
     """one(rows, expert, added) for the blocks of experts below `count`, which come first; zeros for
     the others.
     """
-    rows = jnp.take(x_MD, sources, axis=0, mode="fill", fill_value=0).reshape(
-        -1, block, *x_MD.shape[1:]
-    )
-    gains = {
-        name: jnp.take(pair.gain_BR, sources, axis=0, mode="fill", fill_value=0).reshape(
-            len(rows), block, -1
-        )
-        for name, pair in low_rank.items()
-    }
+    rows = _in_blocks(x_MD, sources, block)
+    gains = {name: _in_blocks(pair.gain_BR, sources, block) for name, pair in low_rank.items()}
 
     def body(i, out):
         expert = experts[i]
@@ -399,6 +385,12 @@ def _for_those(one, x_MD, sources, experts, low_rank, count, block):
     out = jnp.zeros(rows.shape, jnp.float32)
     used = (experts < count).sum(dtype=jnp.int32)
     return jax.lax.fori_loop(0, used, body, out).reshape(-1, x_MD.shape[1])
+
+
+def _in_blocks(x_MI, sources, block):
+    """Rows of each slot, [blocks, block, I]; zeros for an empty one."""
+    rows = jnp.take(x_MI, sources, axis=0, mode="fill", fill_value=0)
+    return rows.reshape(-1, block, x_MI.shape[-1])
 
 
 def group(

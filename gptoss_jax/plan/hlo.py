@@ -141,10 +141,9 @@ def moved(text: str, loop: str, shares: dict[str, float]) -> dict[str, float]:
 
 def _operands(rest: str) -> list[str]:
     depth, end = 0, 0
-    for end, letter in enumerate(rest):  # noqa: B007
-        depth += (letter == "(") - (letter == ")")
-        if depth < 0:
-            break
+    while depth >= 0 and end < len(rest):
+        depth += (rest[end] == "(") - (rest[end] == ")")
+        end += 1
     return re.findall(r"%([\w.\-]+)", rest[:end])
 
 

@@ -301,7 +301,9 @@ def _unpack(words, scales, out, bits):
     """
     exponent = jnp.maximum(scales[...].astype(jnp.int32) - 1, 0)
     bits[...] = (exponent << 7) | (exponent << 23)
-    both = lambda half: jnp.int32((half << 16 | half) - (1 << 32 if half & 0x8000 else 0))  # noqa: E731
+
+    def both(half):
+        return jnp.int32((half << 16 | half) - (1 << 32 if half & 0x8000 else 0))
 
     def group(i, _):
         word = words[pl.ds(pl.multiple_of(8 * i, 8), 8), :]
