@@ -26,6 +26,7 @@ from gptoss_jax.kernels import tpu
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
 from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.places import cache_home
 from gptoss_jax.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -261,7 +262,6 @@ def use_compilation_cache() -> None:
     place = os.environ.get("GPTOSS_COMPILATION_CACHE")
     if place == "off" or jax.config.values["jax_compilation_cache_dir"]:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", place or str(home / "gptoss_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", place or str(cache_home() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -13,7 +13,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gptoss_jax"
 
 FLOORS = [
-    {"errors", "config", "dims", "mxfp4", "hf_names", "sharding", "cluster", "hosts", "libtpu"},
+    {
+        "errors",
+        "config",
+        "dims",
+        "mxfp4",
+        "hf_names",
+        "sharding",
+        "cluster",
+        "hosts",
+        "libtpu",
+        "places",
+    },
     {"kernels", "ops"},
     {"cache", "model", "lora", "bounds"},
     {"checkpoint", "hub", "tokenizer", "adapters"},

@@ -17,6 +17,7 @@ from typing import Any
 from gptoss_jax.bench.process import cores
 from gptoss_jax.bench.weights import config_of
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.places import cache_home
 
 OURS = "gptoss_jax"
 PEERS = {
@@ -146,5 +147,4 @@ def _child(command: Sequence[str]) -> str:
 
 def cache_folder() -> Path:
     """Where files for other systems are kept: beside the compiled programs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "gptoss_jax" / "bench"
+    return cache_home() / "bench"

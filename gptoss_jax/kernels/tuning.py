@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.places import cache_home
 
 PACKAGED = Path(__file__).parent / "tuned"
 Values = TypeVar("Values")
@@ -29,8 +30,7 @@ def folder() -> Path | None:
     place = os.environ.get("GPTOSS_COMPILATION_CACHE")
     if place:
         return None if place == "off" else Path(place) / "kernels"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "gptoss_jax" / "kernels"
+    return cache_home() / "kernels"
 
 
 @functools.cache
