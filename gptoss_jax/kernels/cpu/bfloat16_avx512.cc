@@ -45,8 +45,9 @@ inline void write(const __m512 (&sums)[R][kColumns], float* const* y, int n, int
   }
 }
 
-// R rows of activations with C of weights. With `Ahead` weights come from memory: the next kilobyte of each row is asked for.
-template <int R, int C, bool Ahead>
+// R rows of activations with C of weights. Weights come from memory: while these are computed with, the next C are asked
+// for, by the `Turn`-th of every `Turns` passes over these their share; 0 turns: nothing is.
+template <int R, int C, int Turns, int Turn>
 inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, int k0, int k1, bool first, bool last,
                  __m512 (*kept)[kWide], float* const* y, int n) {
   __m512 sums[R][C];
@@ -67,7 +68,7 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
     for (int c = 0; c < C; c++) {
       const uint16_t* at = (c < 4 ? low : high) + (c % 4) * stride;
       const __m512bh b = load(at);
-      if (Ahead) _mm_prefetch((const char*)(at + 512), _MM_HINT_T0);
+      if (Turns && c % Turns == Turn) _mm_prefetch((const char*)(at + C * stride), _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a[r], b);
     }
@@ -95,8 +96,8 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
 template <int R, int C>
 void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int N, int K, float* const* y) {
   int n = 0;
-  for (; n + C <= N; n += C) tile<R, C, true>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
-  for (; n < N; n++) tile<R, 1, true>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
+  for (; n + C <= N; n += C) tile<R, C, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
+  for (; n < N; n++) tile<R, 1, 0, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
 }
 
 template <int R>
@@ -126,7 +127,7 @@ void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* sca
   int64_t u = 0;
   for (; u + 2 <= units; u += 2) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + 1024), _MM_HINT_T0);
+    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + 11520), _MM_HINT_T0);
     add(u, true);
   }
   if (u < units) add(u, false);
@@ -153,15 +154,20 @@ struct TileMx {
   }
 };
 
-// Eight half rows of weights stay in the first cache while three rows of activations after the other stream by; the first
-// three read them from memory, the next kilobyte asked for ahead.
+// Eight half rows of weights stay in the first cache while three rows of activations after the other stream by.
 template <int R>
-inline void pass(bool ahead, const uint16_t* const* x, const uint16_t* w, int64_t stride, int k, int end, int K,
+inline void pass(int turns, int turn, const uint16_t* const* x, const uint16_t* w, int64_t stride, int k, int end, int K,
                  __m512 (*kept)[kWide], float* const* y, int n) {
-  if (ahead)
-    tile<R, kWide, true>(x, w, stride, k, end, k == 0, end == K, kept, y, n);
-  else
-    tile<R, kWide, false>(x, w, stride, k, end, k == 0, end == K, kept, y, n);
+  const bool first = k == 0, last = end == K;
+  switch (turn < turns ? 4 * turns + turn : 0) {
+    case 4: return tile<R, kWide, 1, 0>(x, w, stride, k, end, first, last, kept, y, n);
+    case 8: return tile<R, kWide, 2, 0>(x, w, stride, k, end, first, last, kept, y, n);
+    case 9: return tile<R, kWide, 2, 1>(x, w, stride, k, end, first, last, kept, y, n);
+    case 12: return tile<R, kWide, 3, 0>(x, w, stride, k, end, first, last, kept, y, n);
+    case 13: return tile<R, kWide, 3, 1>(x, w, stride, k, end, first, last, kept, y, n);
+    case 14: return tile<R, kWide, 3, 2>(x, w, stride, k, end, first, last, kept, y, n);
+    default: return tile<R, kWide, 0, 0>(x, w, stride, k, end, first, last, kept, y, n);
+  }
 }
 
 void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
@@ -174,20 +180,20 @@ void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N,
     case 4: return few<4, 4>(a, b, stride, N, K, y);
   }
   alignas(64) __m512 kept[kKept][kWide];
-  const int part = rows <= kKept ? kPart : K;
+  const int part = rows <= kKept ? kPart : K, turns = rows <= kTall ? 1 : rows <= 2 * kTall ? 2 : 3;
   int n = 0;
   for (; n + kWide <= N; n += kWide)
     for (int k = 0; k < K; k += part) {
       const int end = k + part < K ? k + part : K;
       const uint16_t* from = b + n * stride;
-      int m = 0;
+      int m = 0, turn = 0;
       for (; m + kTall <= rows; m += kTall)
-        pass<kTall>(m == 0, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
-      if (rows - m == 2) pass<2>(false, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
-      if (rows - m == 1) pass<1>(false, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+        pass<kTall>(turns, turn++, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+      if (rows - m == 2) pass<2>(turns, turn, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
+      if (rows - m == 1) pass<1>(turns, turn, a + m, from, stride, k, end, K, kept + (part < K ? m : 0), y + m, n);
     }
   for (; n < N; n++)
-    for (int m = 0; m < rows; m++) tile<1, 1, false>(a + m, b + n * stride, stride, 0, K, true, true, nullptr, y + m, n);
+    for (int m = 0; m < rows; m++) tile<1, 1, 0, 0>(a + m, b + n * stride, stride, 0, K, true, true, nullptr, y + m, n);
 }
 
 void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,

@@ -1,17 +1,14 @@
-// What every kernel needs around its arithmetic: XLA's threads, scratch memory, operands made of activations.
+// What every kernel needs around its arithmetic: threads, scratch memory, operands made of activations.
 #pragma once
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "arithmetic.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -31,41 +28,17 @@ inline float widen(uint16_t x) {
   return value;
 }
 
-// Multiplications that a thread is woken for: it takes as long to come as these do.
+// Multiplications that a thread is called for: it takes as long to come as these do.
 constexpr int64_t kWorthwhile = 1 << 20;
 
-// Calls task(i) for i < count on XLA's threads and on this one, which waits for the last; `work` is what there is to multiply.
+// Calls task(i) for i < count on as many threads as XLA has, this one among them; `work` is what there is to multiply.
 void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, const std::function<void(int64_t)>& task) {
   const int64_t helpers = std::min({int64_t(pool.num_threads()), count, work / kWorthwhile + 1}) - 1;
   if (helpers <= 0) {
     for (int64_t i = 0; i < count; i++) task(i);
     return;
   }
-  struct Work {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto state = std::make_shared<Work>();
-  // A thread that comes late finds no task, and never touches `task`.
-  const auto run = [state, count, &task] {
-    int64_t mine = 0;
-    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < count; mine++) task(i);
-    if (mine && state->done.fetch_add(mine) + mine == count) {
-      std::lock_guard<std::mutex> lock(state->mutex);
-      state->finished.notify_all();
-    }
-  };
-  for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
-  run();
-  for (int spins = 0; spins < 50000 && state->done.load() < count; spins++) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  if (state->done.load() == count) return;
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done.load() == count; });
+  run_tasks(count, helpers, task);
 }
 
 // A scratch buffer of this thread; what was in it is gone.

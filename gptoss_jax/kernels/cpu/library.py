@@ -23,11 +23,12 @@ from gptoss_jax.kernels import tuning
 
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-w"]
 AVX512 = ["-mavx512f", "-mprefer-vector-width=512"]
 BFLOAT16 = [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 UNITS: list[tuple[str, list[str]]] = [
     ("choice.cc", []),
+    ("threads.cc", []),
     ("products.cc", []),
     ("attention.cc", []),
     ("rows.cc", []),
@@ -170,7 +171,7 @@ def _compile(compiler: str, units: list[tuple[str, list[str]]], target: Path) ->
         include = ["-isystem", jax.ffi.include_dir()]
         source = str(SOURCES / name)
         _run([compiler, *FLAGS, *flags, *include, "-c", source, "-o", objects[-1]])
-    _run([compiler, "-shared", "-o", str(target), *objects])
+    _run([compiler, "-shared", "-pthread", "-o", str(target), *objects])
 
 
 def _run(command: list[str]) -> str:
