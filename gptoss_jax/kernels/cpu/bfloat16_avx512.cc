@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
+constexpr int kAhead = 17280;               // bytes of packed weights asked for before they are needed
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -127,7 +128,7 @@ void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* sca
   int64_t u = 0;
   for (; u + 2 <= units; u += 2) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + 11520), _MM_HINT_T0);
+    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + kAhead), _MM_HINT_T0);
     add(u, true);
   }
   if (u < units) add(u, false);
