@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
-constexpr int kAhead = 17280;               // bytes of packed weights asked for before they are needed
+constexpr int kAhead = 8192, kPackedAhead = 17280;  // bytes of weights that are asked for so far ahead
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -46,8 +46,8 @@ inline void write(const __m512 (&sums)[R][kColumns], float* const* y, int n, int
   }
 }
 
-// R rows of activations with C of weights. Weights come from memory: while these are computed with, the next C are asked
-// for, by the `Turn`-th of every `Turns` passes over these their share; 0 turns: nothing is.
+// R rows of activations with C of weights. Weights come from memory: of one row what lies kAhead further is asked for, of
+// several the next C, by the `Turn`-th of every `Turns` passes over these its share; 0 turns: nothing is.
 template <int R, int C, int Turns, int Turn>
 inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, int k0, int k1, bool first, bool last,
                  __m512 (*kept)[kWide], float* const* y, int n) {
@@ -69,7 +69,8 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
     for (int c = 0; c < C; c++) {
       const uint16_t* at = (c < 4 ? low : high) + (c % 4) * stride;
       const __m512bh b = load(at);
-      if (Turns && c % Turns == Turn) _mm_prefetch((const char*)(at + C * stride), _MM_HINT_T0);
+      const char* next = C == 1 ? (const char*)at + kAhead : (const char*)(at + C * stride);
+      if (Turns && c % Turns == Turn) _mm_prefetch(next, _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a[r], b);
     }
@@ -84,21 +85,21 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
   const __m512 zero = _mm512_setzero_ps();
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-    if (C == 1) {
+    if constexpr (C == 1) {
       _mm_store_ss(y[r] + n, totals(sums[r][0], zero, zero, zero));
     } else {
-      const __m128 four = totals(sums[r][0], sums[r][C > 1 ? 1 : 0], sums[r][C > 2 ? 2 : 0], C > 3 ? sums[r][C > 3 ? 3 : 0] : zero);
-      _mm_mask_storeu_ps(y[r] + n, C == 3 ? 7 : 15, four);
-      if (C == 8) _mm_storeu_ps(y[r] + n + 4, totals(sums[r][C - 4], sums[r][C - 3], sums[r][C - 2], sums[r][C - 1]));
+      static_assert(C == 8);
+      _mm_storeu_ps(y[r] + n, totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
+      _mm_storeu_ps(y[r] + n + 4, totals(sums[r][4], sums[r][5], sums[r][6], sums[r][7]));
     }
   }
 }
 
-template <int R, int C>
+// Few rows of activations wait for memory, which is fastest where it is read from one end to the other: one row of weights
+// after the other.
+template <int R>
 void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int N, int K, float* const* y) {
-  int n = 0;
-  for (; n + C <= N; n += C) tile<R, C, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
-  for (; n < N; n++) tile<R, 1, 0, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
+  for (int n = 0; n < N; n++) tile<R, 1, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
 }
 
 template <int R>
@@ -128,7 +129,7 @@ void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* sca
   int64_t u = 0;
   for (; u + 2 <= units; u += 2) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + kAhead), _MM_HINT_T0);
+    for (int c = 0; c < kColumns; c++) _mm_prefetch((const char*)(at[c] + 16 * u + kPackedAhead), _MM_HINT_T0);
     add(u, true);
   }
   if (u < units) add(u, false);
@@ -175,10 +176,9 @@ void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N,
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const uint16_t* b = static_cast<const uint16_t*>(w);
   switch (rows) {
-    case 1: return few<1, 8>(a, b, stride, N, K, y);
-    case 2: return few<2, 8>(a, b, stride, N, K, y);
-    case 3: return few<3, 8>(a, b, stride, N, K, y);
-    case 4: return few<4, 4>(a, b, stride, N, K, y);
+    case 1: return few<1>(a, b, stride, N, K, y);
+    case 2: return few<2>(a, b, stride, N, K, y);
+    case 3: return few<3>(a, b, stride, N, K, y);
   }
   alignas(64) __m512 kept[kKept][kWide];
   const int part = rows <= kKept ? kPart : K, turns = rows <= kTall ? 1 : rows <= 2 * kTall ? 2 : 3;
