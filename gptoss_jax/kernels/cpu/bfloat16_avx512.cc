@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
+constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weights, that are read by two rows first
 constexpr int kAhead = 8192, kPackedAhead = 17280;  // bytes of weights that are asked for so far ahead
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
@@ -98,8 +99,8 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
 // Few rows of activations wait for memory, which is fastest where it is read from one end to the other: one row of weights
 // after the other.
 template <int R>
-void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int N, int K, float* const* y) {
-  for (int n = 0; n < N; n++) tile<R, 1, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
+void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int n, int N, int K, float* const* y) {
+  for (; n < N; n++) tile<R, 1, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
 }
 
 template <int R>
@@ -172,17 +173,11 @@ inline void pass(int turns, int turn, const uint16_t* const* x, const uint16_t* 
   }
 }
 
-void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
-  const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
-  const uint16_t* b = static_cast<const uint16_t*>(w);
-  switch (rows) {
-    case 1: return few<1>(a, b, stride, N, K, y);
-    case 2: return few<2>(a, b, stride, N, K, y);
-    case 3: return few<3>(a, b, stride, N, K, y);
-  }
+// Rows of activations with the rows n..N of weights, which are in the second cache if `here`.
+void many(bool here, const uint16_t* const* a, int rows, const uint16_t* b, int64_t stride, int n, int N, int K,
+          float* const* y) {
   alignas(64) __m512 kept[kKept][kWide];
-  const int part = rows <= kKept ? kPart : K, turns = rows <= kTall ? 1 : rows <= 2 * kTall ? 2 : 3;
-  int n = 0;
+  const int part = rows <= kKept ? kPart : K, turns = here ? 0 : rows <= kTall ? 1 : rows <= 2 * kTall ? 2 : 3;
   for (; n + kWide <= N; n += kWide)
     for (int k = 0; k < K; k += part) {
       const int end = k + part < K ? k + part : K;
@@ -195,6 +190,23 @@ void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N,
     }
   for (; n < N; n++)
     for (int m = 0; m < rows; m++) tile<1, 1, 0, 0>(a + m, b + n * stride, stride, 0, K, true, true, nullptr, y + m, n);
+}
+
+void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
+  const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
+  const uint16_t* b = static_cast<const uint16_t*>(w);
+  switch (rows) {
+    case 1: return few<1>(a, b, stride, 0, N, K, y);
+    case 2: return few<2>(a, b, stride, 0, N, K, y);
+    case 3: return few<3>(a, b, stride, 0, N, K, y);
+  }
+  if (rows > kSome) return many(false, a, rows, b, stride, 0, N, K, y);
+  // The first two bring the weights from memory, for the others too.
+  for (int n = 0; n < N; n += kNear) {
+    const int end = n + kNear < N ? n + kNear : N;
+    few<2>(a, b, stride, n, end, K, y);
+    many(true, a + 2, rows - 2, b, stride, n, end, K, y + 2);
+  }
 }
 
 void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
