@@ -26,7 +26,7 @@ from gptoss_jax.model import Params
 from gptoss_jax.sampling import Sampling, to_arrays
 from gptoss_jax.tokenizer import Tokenizer
 
-CHUNKS = (32, 128, 512)  # prefill lengths that are compiled; longer prompts go chunk by chunk
+CHUNKS = (32, 128, 256, 512)  # prefill lengths that are compiled; longer prompts go chunk by chunk
 DECODE = 64  # decode steps in one call to the device
 STREAM = 8  # of them before a streaming caller sees something
 MIN_CAPACITY = 512
