@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.kernels import cpu
+from gptoss_jax.kernels import cpu, gpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
@@ -102,9 +102,78 @@ def _by_back_end(reference, parts, window, segments):
         "tpu": Backend(
             with_gradient(on_tpu), None if segments is None else "the kernel knows no segments"
         ),
+        "gpu": Backend(functools.partial(_on_gpu, window, segments), why_not_gpu(*parts[:2])),
     }
     with jax.named_scope("attention"):
         return backends.run("attention", reference, others, *parts)
+
+
+WIDEST_HEAD, LARGEST_GROUP = 256, 64  # of the GPU's kernel: what registers hold
+
+
+def why_not_gpu(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
+    """Why kernels/gpu does not take these; None if it does."""
+    if k_BSKH.dtype != q_BTNH.dtype:
+        return f"queries are {q_BTNH.dtype}, keys {k_BSKH.dtype}"
+    if q_BTNH.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {q_BTNH.dtype}"
+    if q_BTNH.shape[-1] > WIDEST_HEAD:
+        return f"heads are wider than {WIDEST_HEAD}"
+    if q_BTNH.shape[2] > LARGEST_GROUP * k_BSKH.shape[2]:
+        return f"more than {LARGEST_GROUP} query heads share a kv head"
+    return gpu.why_not()
+
+
+def _on_gpu(window, segments, *parts):
+    """The kernel with its own gradient; on a mesh each device computes its rows and heads."""
+    from gptoss_jax.kernels.gpu import attention as kernel  # Pallas takes 0.2 s to import
+    from gptoss_jax.kernels.gpu import attention_gradient
+
+    letters = ("BTNH", "BSKH", "BSKH", "N", "BT", "BS", "BT", "BS")
+
+    def spread(call, arrays, names, results):
+        """call(*arrays), `names` and `results` the letters of its arguments and results."""
+        if sharding.current() is None:
+            return call(*arrays)
+        axes = "".join(names), (n for x in arrays for n in x.shape)
+        size = dict(zip(*axes, strict=True))
+        shapes = [[size[letter] for letter in name] for name in (*names, *results)]
+        specs = tuple(map(sharding.activation_spec, (*names, *results), shapes))
+        n = len(names)
+        return jax.shard_map(call, in_specs=specs[:n], out_specs=specs[n:])(*arrays)
+
+    def taken(q, k, v, sinks, q_positions, k_positions, *segments):
+        return q, k, v, sinks, q_positions, k_positions, segments or None
+
+    def result(*arrays):
+        return (kernel.attention(*taken(*arrays), window),)
+
+    def results(*arrays):
+        return kernel.forward(*taken(*arrays), window=window)
+
+    @jax.custom_vjp
+    def attend(*arrays):
+        return spread(result, arrays, letters[: len(arrays)], ("BTNH",))[0]
+
+    def forward(*arrays):
+        out, norm = spread(results, arrays, letters[: len(arrays)], ("BTNH", "BTN"))
+        return out, (arrays, out, norm)
+
+    def backward(kept, gradient):
+        arrays, out, norm = kept
+
+        def call(out, norm, gradient, *arrays):
+            return attention_gradient.backward(*taken(*arrays), out, norm, gradient, window=window)
+
+        names = ("BTNH", "BTN", "BTNH", *letters[: len(arrays)])
+        *found, sinks_BN = spread(
+            call, (out, norm, gradient, *arrays), names, ("BTNH", "BSKH", "BSKH", "BN")
+        )
+        d_sinks = sinks_BN.sum(0).astype(arrays[3].dtype)
+        return *found, d_sinks, *(None for _ in arrays[4:])
+
+    attend.defvjp(forward, backward)
+    return attend(*parts, *(segments or ()))
 
 
 def _attention(

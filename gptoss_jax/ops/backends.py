@@ -3,6 +3,7 @@
     xla    the reference: plain jnp, everywhere, and the definition of the operation
     cpu    gptoss_jax/kernels/cpu
     tpu    gptoss_jax/kernels/tpu
+    gpu    gptoss_jax/kernels/gpu
 
 By itself an operation takes the back end of the platform that it is compiled for, where that back
 end takes these shapes, and else the reference; the log says why, once. A back end can be forced by
@@ -23,7 +24,7 @@ from gptoss_jax.errors import GptOssError
 
 log = logging.getLogger(__name__)
 REFERENCE = "xla"
-BACKENDS = (REFERENCE, "cpu", "tpu")
+BACKENDS = (REFERENCE, "cpu", "tpu", "gpu")
 OPERATIONS = ("embed", "product", "experts", "attention", "store")
 VARIABLE = "GPTOSS_KERNELS"
 
