@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax import sharding
-from gptoss_jax.kernels import cpu, tpu
+from gptoss_jax.kernels import cpu, gpu, tpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
@@ -218,10 +218,22 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
             return "experts are spread over a mesh"
         return cpu.why_not()
 
+    def why_not_gpu():
+        if any(isinstance(pair, Rounded) for pair in low_rank.values()):
+            return "merged experts are rounded one after another"
+        if spread and low_rank:
+            return "low-rank additions to experts that are spread over a mesh"
+        return gpu.why_not(gate_up, down)
+
     reference = functools.partial(_mlp, alpha=alpha, limit=limit, spread=spread, some=some)
-    kernel = functools.partial(_mlp_on_cpu, alpha=alpha, limit=limit)
     others = {
-        "cpu": Backend(kernel, why_not_cpu()),
+        "cpu": Backend(
+            functools.partial(_mlp_by_products, kernels=cpu, alpha=alpha, limit=limit),
+            why_not_cpu(),
+        ),
+        "gpu": Backend(
+            functools.partial(_mlp_on_gpu, alpha=alpha, limit=limit, spread=spread), why_not_gpu()
+        ),
         "tpu": Backend(
             functools.partial(_mlp_on_tpu, alpha=alpha, limit=limit),
             tpu.why_not(gate_up, down) or ("low-rank additions" if low_rank else None),
@@ -236,7 +248,43 @@ def _mlp_on_tpu(*parts, alpha, limit):
     return mlp(*parts[:7], alpha=alpha, limit=limit)
 
 
-def _mlp_on_cpu(
+def _mlp_on_gpu(*parts, alpha, limit, spread):
+    from gptoss_jax.kernels.gpu import moe  # Pallas takes 0.2 s to import
+
+    *arrays, low_rank = parts
+    by_products = functools.partial(_mlp_by_products, kernels=moe, alpha=alpha, limit=limit)
+    if low_rank:
+        return by_products(*parts)
+
+    def varying(x):
+        """As the result varies over a mesh, so that its gradient adds up over the others' axes."""
+        if isinstance(x, MxTensor) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        rest = tuple(a for a in spread if a not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, rest, to="varying") if rest else x
+
+    @jax.custom_vjp
+    def fused(x, weights, gate_up_bias, down_bias, experts, gate_up, down):
+        parts = x, weights, experts, gate_up, gate_up_bias, down, down_bias
+        return moe.mlp(*parts, alpha=alpha, limit=limit)
+
+    def backward(kept, gradient):
+        """Of the products one by one: they are computed again, and nothing of them was kept."""
+        x, weights, gate_up_bias, down_bias, experts, gate_up, down = kept
+        arrays = x, weights, gate_up_bias, down_bias
+
+        def again(x, weights, gate_up_bias, down_bias):
+            parts = x, weights, experts, gate_up, gate_up_bias, down, down_bias
+            return by_products(*parts, {})
+
+        return *jax.vjp(again, *arrays)[1](gradient), None, None, None
+
+    fused.defvjp(lambda *parts: (fused(*parts), parts), backward)
+    x, weights, experts, gate_up, gate_up_bias, down, down_bias = map(varying, arrays)
+    return fused(x, weights, gate_up_bias, down_bias, experts, gate_up, down)
+
+
+def _mlp_by_products(
     x_MD,
     weights_MX,
     experts_MX,
@@ -246,10 +294,11 @@ def _mlp_on_cpu(
     down_bias_ED,
     low_rank,
     *,
+    kernels,
     alpha,
     limit,
 ):
-    """`_mlp` by the kernel's products, which find the rows of an expert themselves."""
+    """`_mlp` by a kernel's products, which find the rows of an expert themselves."""
     M, X = experts_MX.shape
     E, F, P, D = gate_up_EFPD.shape
     blocks, scales = gate_up_EFPD.blocks, gate_up_EFPD.scales
@@ -260,11 +309,11 @@ def _mlp_on_cpu(
 
     def layer(rows_RD, experts_RX, bias, added):
         """Rows [R, D], each with its experts -> [R X, D]; `bias` and `added` know the experts."""
-        h = packed_product(rows_RD, experts_RX, gate_up_EOD).reshape(-1, F * P)
-        h = added("gate_up", rows_RD, h + bias(gate_up_bias_EO))
+        h: Any = packed_product(rows_RD, experts_RX, gate_up_EOD, kernels)
+        h = added("gate_up", rows_RD, h.reshape(-1, F * P) + bias(gate_up_bias_EO))
         act = swiglu(h.reshape(-1, F, P), alpha, limit).astype(x_MD.dtype)
-        out = packed_product(act, experts_RX.reshape(-1, 1), down_EDF).reshape(-1, D)
-        return added("down", act, out + bias(down_bias_ED))
+        out: Any = packed_product(act, experts_RX.reshape(-1, 1), down_EDF, kernels)
+        return added("down", act, out.reshape(-1, D) + bias(down_bias_ED))
 
     if not low_rank:
         flat = experts_MX.reshape(-1)

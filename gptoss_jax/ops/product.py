@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,21 +120,23 @@ def _product_transposed(subscripts, gradient, weight):
 _product.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def packed_product(x_MI: jax.Array, experts_MX: jax.Array, weight: MxTensor) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def packed_product(
+    x_MI: jax.Array, experts_MX: jax.Array, weight: MxTensor, kernels: Any = cpu
+) -> jax.Array:
     """`kernels.cpu.grouped_product` with packed weights, and its gradient for x; the weights are
-    frozen.
+    frozen. `kernels` is the room that has the product and its transpose.
     """
-    return cpu.grouped_product(x_MI, experts_MX, weight)
+    return kernels.grouped_product(x_MI, experts_MX, weight)
 
 
-def _packed_forward(x_MI, experts_MX, weight):
-    return packed_product(x_MI, experts_MX, weight), (experts_MX, weight, x_MI)
+def _packed_forward(x_MI, experts_MX, weight, kernels):
+    return packed_product(x_MI, experts_MX, weight, kernels), (experts_MX, weight, x_MI)
 
 
-def _packed_backward(kept, gradient):
+def _packed_backward(kernels, kept, gradient):
     experts_MX, weight, x_MI = kept
-    out = cpu.grouped_product_transposed(gradient.astype(x_MI.dtype), experts_MX, weight)
+    out = kernels.grouped_product_transposed(gradient.astype(x_MI.dtype), experts_MX, weight)
     return out.sum(1).astype(x_MI.dtype), None, None
 
 

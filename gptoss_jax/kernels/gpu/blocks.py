@@ -1,0 +1,97 @@
+"""Block sizes of the experts' kernels: a model of the card, or what was measured on it.
+
+The model, for an H200 (4.8 TB/s, 132 multiprocessors): bytes in flight have to be bandwidth times
+latency, 4.8e12 * 0.7e-6 / 132 = 25 KB a multiprocessor. A step of few rows holds 64 outputs by 64
+bytes, 4 KB, of which four are in flight in each program, and two or three programs share a
+multiprocessor: 32 to 48 KB. An A100 (2.0 TB/s, 108) needs 13 KB, an L4 (0.3 TB/s, 58) 4 KB.
+"""
+
+import dataclasses
+
+import jax
+
+from gptoss_jax.kernels import tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work is cut. All but `together` are powers of two, depths at least 16.
+
+    Attributes:
+      outputs: Outputs of a program where a block has few rows; gate and up are two outputs.
+      depth: Packed bytes of an output in a step of its loop, two inputs each.
+      warps: Of a program.
+      stages: Steps in flight.
+      many: From so many rows a block on, the other four hold.
+      many_outputs, many_depth, many_warps, many_stages: As above.
+      most_rows: Of a block.
+      together: Pairs (row, expert) up to which a program finds its own rows among all; above it
+        they are sorted.
+    """
+
+    outputs: int = 64
+    depth: int = 64
+    warps: int = 4
+    stages: int = 4
+    many: int = 64
+    many_outputs: int = 128
+    many_depth: int = 32
+    many_warps: int = 8
+    many_stages: int = 3
+    most_rows: int = 128
+    together: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One program's share: `Tuning` for a number of rows."""
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+SMALL_SHARED_MEMORY = ("L4", "RTX", "A10G", "NVIDIA A10", "L40")  # 100 KB a multiprocessor
+
+
+def model(kind: str) -> Tuning:
+    """Block sizes for a card nobody measured, by JAX's name of it."""
+    if "A100" in kind or "A30" in kind:  # 164 KB of shared memory, no products of 64 rows at once
+        return Tuning(stages=3, many_outputs=64, many_warps=4)
+    if any(name in kind for name in SMALL_SHARED_MEMORY):
+        return Tuning(stages=3, most_rows=64, many_outputs=64, many_warps=4, many_stages=2)
+    return Tuning()
+
+
+def at_hand() -> Tuning:
+    """For the card that a program which is traced now is for: the mesh's where that says, else the
+    one at hand, else an H200.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform in ("gpu", "cuda"):
+        return model(device.device_kind)
+    if jax.default_backend() != "gpu":
+        return Tuning()
+    return tuning.find("gpu", model(tuning.kind("gpu")))
+
+
+def tile(pairs: int, experts: int, chosen: Tuning) -> Tile:
+    """The crossover between single rows, groups of rows and a prefill, by shape alone.
+
+    A block has as many rows as an expert gets on average, 16 at least (what tensor cores take) and
+    `most_rows` at most. The model of it, for an H200: one row is padded to 16, not multiplied and
+    added up, since the card must unpack 9.0e12 values a second to keep up with its memory and
+    issues 3.0e13 instructions, 3.3 a value: unpacking takes 2 to 4, ordinary arithmetic 2 more, a
+    tensor core next to none up to about 200 rows (206 operations a byte of bfloat16). Unpacking to
+    memory first would write and read 2 + 2 bytes a value, 0.7 ms a layer of 20b, where 8,192 rows
+    take 1.7 ms at a tensor core's full rate: from registers a block of 128 rows unpacks a value for
+    256 operations, which takes a multiprocessor less time than those.
+    """
+    average = -(-pairs // experts)
+    rows = min(chosen.most_rows, max(16, 1 << (average - 1).bit_length()))
+    if rows >= chosen.many:
+        return Tile(rows, chosen.many_outputs, chosen.many_depth, chosen.many_warps,
+                    chosen.many_stages)  # fmt: skip
+    return Tile(rows, chosen.outputs, chosen.depth, chosen.warps, chosen.stages)

@@ -1,0 +1,345 @@
+"""The experts' feed-forward on a GPU: two kernels, gate and up with SwiGLU, then down with the
+routing weights; their products alone, and transposed for the gradient.
+
+A program has some outputs of one expert. It looks up which pairs (row, choice) chose that expert,
+reads its share of the packed bytes once for each block of such pairs, unpacks them in registers and
+multiplies by tensor cores. Nothing is sorted for up to `Tuning.together` pairs: of the pairs that
+chose the same expert the first one's program does the work of all, the others end at once. Results
+of pairs are added up outside, in a fixed order. Knows arrays, no meshes. Nothing here has been
+timed: no GPU was there.
+
+Programs of one row of gpt-oss, 4 experts: gate and up 4 * 5760 / 64 = 360, down 4 * 2880 / 64 =
+180, on 132 multiprocessors.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.kernels.gpu import blocks, triton
+from gptoss_jax.kernels.gpu.blocks import Tile
+from gptoss_jax.kernels.gpu.triton import ds, load, program_id, store
+from gptoss_jax.kernels.gpu.unpack import BYTES, unpack
+from gptoss_jax.mxfp4 import MxTensor
+
+
+class Pairs(NamedTuple):
+    """Pairs (row, choice) in blocks of one expert each, as a kernel looks them up.
+
+    Attributes:
+      arrays: Together: int32 experts [R]. Sorted: int32 pair of each slot [G rows], R for none, and
+        expert of each block [G], E for none.
+      programs: Along the grid's second axis.
+      sizes: Number of arrays, of pairs R, and of experts E.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    programs: int
+    sizes: tuple[int, int, int]
+
+
+def mlp(
+    x_MD: Float[Array, "M D"],
+    weights_MX: Float[Array, "M X"],
+    experts_MX: Int[Array, "M X"],
+    gate_up_EFPD: MxTensor,
+    gate_up_bias_EFP: Float[Array, "E F P"],
+    down_EDF: MxTensor,
+    down_bias_ED: Float[Array, "E D"],
+    *,
+    alpha: float,
+    limit: float,
+    chosen: blocks.Tuning | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M D"]:
+    """sum_x weights_x (down_e swiglu(gate_up_e x + bias_e) + bias_e), e = experts_x.
+
+    Args:
+      x_MD: Normalised activations, bfloat16 or float32.
+      weights_MX: float32 routing weights.
+      experts_MX: int32 ids; one that no expert has is nobody's and adds nothing.
+      gate_up_EFPD: The released bytes.
+      gate_up_bias_EFP: Bias.
+      down_EDF: The released bytes.
+      down_bias_ED: Bias, added before the weighting.
+      alpha: SwiGLU's slope.
+      limit: SwiGLU's clamp.
+      chosen: Block sizes; by default those of the card.
+      interpret: Runs without a GPU.
+
+    Returns:
+      float32 [M, D]. Sums are float32, the hidden activations are cast to x's dtype between the two
+      products (ops/moe.py is the definition).
+    """
+    X, (E, F, P, D) = experts_MX.shape[1], gate_up_EFPD.shape
+    tile, pairs = _arranged(experts_MX, E, chosen)
+    gate_up = functools.partial(_swiglu, alpha=alpha, limit=limit)
+    act_RF = _product(
+        gate_up, pairs, tile, x_MD, as_rows(gate_up_EFPD), gate_up_bias_EFP.reshape(E, F * P),
+        each=X, result=(F, x_MD.dtype), name="experts_gate_up", interpret=interpret,
+    )  # fmt: skip
+    out_RD = _product(
+        _weighted, pairs, tile, act_RF, down_EDF, down_bias_ED,
+        weights_MX.reshape(-1).astype(jnp.float32),
+        each=1, result=(D, jnp.float32), name="experts_down", interpret=interpret,
+    )  # fmt: skip
+    return _of_somebody(out_RD, experts_MX, E).sum(1)
+
+
+def grouped_product(
+    x_MI: Float[Array, "M I"],
+    experts_MX: Int[Array, "M X"],
+    weight_EOI: MxTensor,
+    *,
+    chosen: blocks.Tuning | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M X O"]:
+    """x times the rows of each chosen expert, float32; zeros where the expert is nobody's."""
+    X, (E, O, _) = experts_MX.shape[1], weight_EOI.shape
+    tile, pairs = _arranged(experts_MX, E, chosen)
+    out_RO = _product(
+        _plain, pairs, tile, x_MI, weight_EOI,
+        each=X, result=(O, jnp.float32), name="experts_product", interpret=interpret,
+    )  # fmt: skip
+    return _of_somebody(out_RO, experts_MX, E)
+
+
+def grouped_product_transposed(
+    g_MXO: Float[Array, "M X O"],
+    experts_MX: Int[Array, "M X"],
+    weight_EOI: MxTensor,
+    *,
+    chosen: blocks.Tuning | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M X I"]:
+    """g times the columns of each chosen expert, from the packed bytes: the gradient of
+    `grouped_product` with respect to x, one for each choice.
+    """
+    E, O, I = weight_EOI.shape
+    tile, pairs = _arranged(experts_MX, E, chosen)
+    R = experts_MX.size
+    out_RI = triton.call(
+        functools.partial(_transposed, sizes=pairs.sizes, tile=tile),
+        *pairs.arrays, g_MXO.reshape(R, O), *_bytes(weight_EOI),
+        grid=(_cdiv(I // 2, tile.depth), pairs.programs),
+        result=((R, I), jnp.float32),
+        warps=tile.warps, stages=tile.stages, name="experts_transposed", interpret=interpret,
+    )  # fmt: skip
+    return _of_somebody(out_RI, experts_MX, E)
+
+
+def as_rows(gate_up_EFPD: MxTensor) -> MxTensor:
+    """[E, F, P, D] -> [E, F P, D]: the same bytes."""
+    E, F, P, _ = gate_up_EFPD.shape
+    return MxTensor(
+        gate_up_EFPD.blocks.reshape(E, F * P, -1, BYTES), gate_up_EFPD.scales.reshape(E, F * P, -1)
+    )
+
+
+def _of_somebody(out_RO, experts_MX, E):
+    """[M, X, O]; rows of pairs that are nobody's, which no program wrote, are zeros."""
+    here_MX = (experts_MX >= 0) & (experts_MX < E)
+    return jnp.where(here_MX[..., None], out_RO.reshape(*experts_MX.shape, -1), 0.0)
+
+
+def _bytes(weight_EOI) -> tuple[Any, Any]:
+    E, O, I = weight_EOI.shape
+    return weight_EOI.blocks.reshape(E, O, I // 2), weight_EOI.scales
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- who is with whom
+
+
+def _arranged(experts_MX, E: int, chosen: blocks.Tuning | None) -> tuple[Tile, Pairs]:
+    chosen = chosen or blocks.at_hand()
+    R = experts_MX.size
+    tile = blocks.tile(R, E, chosen)
+    experts_R = experts_MX.reshape(-1)
+    if R <= chosen.together:
+        return tile, Pairs((experts_R,), min(E, R), (1, R, E))
+    return tile, _sorted(experts_R, E, tile.rows)
+
+
+def _sorted(experts_R, E: int, rows: int) -> Pairs:
+    """Many pairs, sorted by expert into blocks of one expert each."""
+    R = len(experts_R)
+    G = R // rows + min(E, R)  # sum of ceil(load / rows) is never more
+    experts_R = jnp.where((experts_R < 0) | (experts_R > E), E, experts_R)
+    order = jnp.argsort(experts_R, stable=True).astype(jnp.int32)
+    loads_E = jnp.zeros(E, jnp.int32).at[experts_R].add(1, mode="drop")
+    blocks_E = -(-loads_E // rows)
+    ends_E, before_E = jnp.cumsum(blocks_E), jnp.cumsum(loads_E) - loads_E
+    first_slot_E = (ends_E - blocks_E) * rows
+    own = experts_R[order]
+    clipped = jnp.minimum(own, E - 1)
+    slots = first_slot_E[clipped] + jnp.arange(R, dtype=jnp.int32) - before_E[clipped]
+    slots = jnp.where(own < E, slots, G * rows)
+    pair_of_slot = jnp.full(G * rows, R, jnp.int32).at[slots].set(order, mode="drop")
+    expert_of_block = jnp.searchsorted(ends_E, jnp.arange(G, dtype=jnp.int32), side="right")
+    return Pairs((pair_of_slot, expert_of_block.astype(jnp.int32)), G, (2, R, E))
+
+
+def _visit(refs, sizes: tuple[int, int, int], rows: int):
+    """What this program does: its expert, how many blocks of pairs, and block -> its pairs (R for
+    none).
+    """
+    _, R, E = sizes
+    p = program_id(1)
+    if len(refs) == 2:
+        pair_of_slot, expert_of_block = refs
+        expert = expert_of_block[p]
+        own = load(pair_of_slot.at[ds(p * rows, rows)])
+        live = (expert < E).astype(jnp.int32)
+        return jnp.minimum(expert, E - 1), live, lambda block: own
+    width = max(16, 1 << (R - 1).bit_length())
+    pair = jnp.arange(width, dtype=jnp.int32)
+    experts = load(refs[0].at[pair], mask=pair < R, other=-1)
+    expert = p
+    if R <= E:
+        expert = jnp.sum(jnp.where(pair == p, experts, 0))
+    same = experts == expert
+    if R <= E:  # the first of the pairs that chose it
+        earlier = jnp.sum((same & (pair < p)).astype(jnp.int32))
+        same &= (earlier == 0) & (expert >= 0) & (expert < E)
+    ones = same.astype(jnp.int32)
+    place, count = jnp.cumsum(ones) - 1, jnp.sum(ones)
+
+    def pairs_of(block):
+        wanted = block * rows + jnp.arange(rows, dtype=jnp.int32)
+        found = (same[None, :] & (place[None, :] == wanted[:, None])).astype(jnp.int32)
+        return jnp.sum(found * (pair[None, :] - R), axis=1) + R
+
+    return jnp.clip(expert, 0, E - 1), (count + rows - 1) // rows, pairs_of
+
+
+# ---- the kernels
+
+
+def _product(finish, pairs, tile, x, weight, *others, each, result, name, interpret):
+    """finish(x weight^T) of every pair; `each` pairs share a row of x."""
+    O = weight.shape[1]
+    kernel = functools.partial(
+        _forward, finish=finish, sizes=pairs.sizes, tile=tile, each=each, width=result[0]
+    )
+    return triton.call(
+        kernel, *pairs.arrays, x, *_bytes(weight), *others,
+        grid=(_cdiv(O, tile.outputs), pairs.programs),
+        result=((pairs.sizes[1], result[0]), result[1]),
+        warps=tile.warps, stages=tile.stages, name=name, interpret=interpret,
+    )  # fmt: skip
+
+
+def _forward(*refs, finish, sizes, tile, each, width):
+    x, packed, scales, *others, out = refs[sizes[0] :]
+    expert, count, pairs_of = _visit(refs[: sizes[0]], sizes, tile.rows)
+    n, R = program_id(0), sizes[1]
+
+    def block(i, _):
+        own = pairs_of(i)
+        rows = own if each == 1 else jax.lax.div(own, jnp.int32(each))
+        sums_NM = _multiply(x, rows, packed, scales, expert, n, tile)
+        values = finish(sums_NM, expert, n, own, R, *others)  # [pairs, outputs]
+        columns = n * values.shape[1] + jnp.arange(values.shape[1], dtype=jnp.int32)
+        mask = (own < R)[:, None] & (columns < width)[None, :]
+        store(out.at[own[:, None], columns[None, :]], values.astype(out.dtype), mask=mask)
+        return 0
+
+    jax.lax.fori_loop(0, count, block, 0)
+
+
+def _multiply(x, rows, packed, scales, expert, n, tile):
+    """Some outputs of an expert times rows of x: float32 [outputs, rows]."""
+    depth, (_, O, B) = tile.depth, packed.shape
+    outputs = n * tile.outputs + jnp.arange(tile.outputs, dtype=jnp.int32)
+    some = (outputs < O)[:, None]
+
+    def step(k, sums):
+        low, high = _tile(packed, scales, expert, n * tile.outputs, k * depth, tile, x.dtype, some)
+        columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
+        mask = (rows < x.shape[0])[:, None] & (columns < 2 * B)[None, :]
+        part = load(x.at[rows[:, None], columns[None, :]], mask=mask, other=0.0)
+        even, odd = jnp.unstack(part.reshape(tile.rows, depth, 2), axis=-1)
+        return sums + triton.dot(low, even) + triton.dot(high, odd)
+
+    sums = jnp.zeros((tile.outputs, tile.rows), jnp.float32)
+    return jax.lax.fori_loop(0, _cdiv(B, depth), step, sums)
+
+
+def _tile(packed, scales, expert, first, at, tile, dtype, some):
+    """Values of outputs from `first` on, bytes from `at` on; zeros beyond them."""
+    depth, B = tile.depth, packed.shape[2]
+    units = depth // BYTES
+    columns = at + jnp.arange(depth, dtype=jnp.int32)
+    of_scales = at // BYTES + jnp.arange(units, dtype=jnp.int32)
+    outputs = ds(first, tile.outputs)
+    values = load(
+        packed.at[expert, outputs, ds(at, depth)],
+        mask=some & (columns < B)[None, :],
+        other=jnp.uint8(0),
+    )
+    exponents = load(
+        scales.at[expert, outputs, ds(at // BYTES, units)],
+        mask=some & (of_scales < B // BYTES)[None, :],
+        other=jnp.uint8(0),
+    )
+    return unpack(values, exponents, dtype)
+
+
+def _plain(sums_NM, expert, n, own, R):
+    return sums_NM.T
+
+
+def _biased(sums_NM, expert, n, bias):
+    outputs = n * sums_NM.shape[0] + jnp.arange(sums_NM.shape[0], dtype=jnp.int32)
+    added = load(bias.at[expert, ds(n * sums_NM.shape[0], sums_NM.shape[0])],
+                 mask=outputs < bias.shape[1], other=0.0)  # fmt: skip
+    return sums_NM + added.astype(jnp.float32)[:, None]
+
+
+def _swiglu(sums_NM, expert, n, own, R, bias, *, alpha, limit):
+    """Outputs lie in pairs (gate, up)."""
+    h = _biased(sums_NM, expert, n, bias).T
+    gate, up = jnp.unstack(h.reshape(h.shape[0], h.shape[1] // 2, 2), axis=-1)
+    gate, up = jnp.minimum(gate, limit), jnp.minimum(jnp.maximum(up, -limit), limit)
+    return gate / (1.0 + jnp.exp(-alpha * gate)) * (up + 1.0)
+
+
+def _weighted(sums_NM, expert, n, own, R, bias, weights):
+    share = load(weights.at[own], mask=own < R, other=0.0)
+    return _biased(sums_NM, expert, n, bias).T * share[:, None]
+
+
+def _transposed(*refs, sizes, tile):
+    """Pairs' gradients times some columns of an expert."""
+    *who, g, packed, scales, out = refs
+    expert, count, pairs_of = _visit(who, sizes, tile.rows)
+    k, (_, O, B), R = program_id(0), packed.shape, sizes[1]
+    depth, size = tile.depth, tile.outputs
+
+    def block(i, _):
+        own = pairs_of(i)
+
+        def step(n, sums):
+            outputs = n * size + jnp.arange(size, dtype=jnp.int32)
+            some = outputs < O
+            parts = _tile(packed, scales, expert, n * size, k * depth, tile, g.dtype, some[:, None])
+            mask = (own < R)[:, None] & some[None, :]
+            part = load(g.at[own[:, None], outputs[None, :]], mask=mask, other=0.0)
+            return tuple(s + triton.dot(part, w.T) for s, w in zip(sums, parts, strict=True))
+
+        zeros = jnp.zeros((tile.rows, depth), jnp.float32)
+        low, high = jax.lax.fori_loop(0, _cdiv(O, size), step, (zeros, zeros))
+        both = jnp.stack([low, high], axis=-1).reshape(tile.rows, 2 * depth)
+        columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
+        mask = (own < R)[:, None] & (columns < 2 * B)[None, :]
+        store(out.at[own[:, None], columns[None, :]], both, mask=mask)
+        return 0
+
+    jax.lax.fori_loop(0, count, block, 0)

@@ -1,0 +1,36 @@
+"""Packed MXFP4 in registers: bytes and block scales -> the values of low and high nibbles.
+
+Exact, and nothing passes through a subnormal, whatever is flushed. Of a code's three bits m,
+0x3F00 + 64 m are the bits of f = 0.5, 0.75, 1, 1.5, 2, 3, 4, 6: the value where it is 1 or more,
+and below that 2 f - 1 is: min(f, 2 f - 1) is 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BYTES = 16  # of a block
+
+
+def unpack(bytes_NB: jax.Array, scales_NU: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Values of the low and of the high nibbles, [N, B] each of `dtype`.
+
+    Args:
+      bytes_NB: uint8, whole blocks: B a multiple of 16 and a power of two.
+      scales_NU: uint8 [N, B / 16]. 2^(scale - 127) is made from its bits: 0, which would be
+        subnormal, gives zeros.
+      dtype: bfloat16 or float32.
+    """
+    N, B = bytes_NB.shape
+    scale = jax.lax.bitcast_convert_type(scales_NU.astype(jnp.int16) << 7, jnp.bfloat16)
+    scale = jnp.broadcast_to(scale[:, :, None], (N, B // BYTES, BYTES)).reshape(N, B)
+    codes = bytes_NB.astype(jnp.int16)
+    low, high = (_value(c) * scale for c in (codes, codes >> 4))
+    return low.astype(dtype), high.astype(dtype)
+
+
+def _value(codes: jax.Array) -> jax.Array:
+    """bfloat16 of int16 whose lowest four bits are codes."""
+    f = jax.lax.bitcast_convert_type(((codes & 7) << 6) + jnp.int16(0x3F00), jnp.bfloat16)
+    f = jnp.minimum(f, f + f - 1)
+    bits = jax.lax.bitcast_convert_type(f, jnp.int16) | ((codes & 8) << 12)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)

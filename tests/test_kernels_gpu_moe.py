@@ -1,0 +1,386 @@
+"""The GPU kernels of the experts, interpreted on CPU against float64 and the operations'
+definitions, and compiled for GPUs that are not there (slow).
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax import mxfp4, sharding
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.kernels.gpu import blocks, moe, triton
+from gptoss_jax.kernels.gpu.unpack import unpack
+from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.linear import LowRank, Rounded
+
+ops_moe = importlib.import_module("gptoss_jax.ops.moe")
+ALPHA, LIMIT = 1.702, 7.0
+X = 4
+# Several steps of each loop, several blocks of an expert's rows; sorted or not.
+SMALL = blocks.Tuning(outputs=32, depth=16, most_rows=16)
+SORTED = blocks.Tuning(outputs=32, depth=32, most_rows=16, together=0)
+jit: Any = functools.partial(jax.jit, compiler_options=tiny.QUICK)
+
+
+@functools.partial(jit, static_argnames="chosen")
+def mlp(*parts, chosen=SMALL):
+    return moe.mlp(*parts, alpha=ALPHA, limit=LIMIT, chosen=chosen, interpret=True)
+
+
+def random_experts(shape: tuple[int, ...], seed=0, scales=(118, 123)) -> Any:
+    generator: Any = np.random.default_rng(seed)
+    grid: Any = (*shape[:-1], shape[-1] // 32)
+    packed = generator.integers(0, 256, (*grid, 16), dtype=np.uint8)
+    return MxTensor(
+        jnp.asarray(packed), jnp.asarray(generator.integers(*scales, grid, dtype=np.uint8))
+    )
+
+
+def exact_values(weight: MxTensor) -> np.ndarray:
+    return mxfp4.unpack(np.asarray(weight.blocks), np.asarray(weight.scales)).astype(np.float64)
+
+
+@functools.lru_cache
+def weights(E, D, F):
+    generator = np.random.default_rng(3)
+    return (
+        random_experts((E, F, 2, D), 1),
+        jnp.asarray(generator.normal(size=(E, F, 2)), jnp.bfloat16),
+        random_experts((E, D, F), 2),
+        jnp.asarray(generator.normal(size=(E, D)), jnp.bfloat16),
+    )
+
+
+def routed(M, E, kind="random", seed=0):
+    """Weights and ids; of `kind`: random ones, one expert for all, a few, or nobody's among
+    them.
+    """
+    generator = np.random.default_rng(seed)
+    ids = np.stack([generator.permutation(E)[:X] for _ in range(M)])
+    if kind == "one":
+        ids = np.tile(np.arange(X) + 1, (M, 1))
+        ids[:, 1:] = E
+    elif kind == "few":
+        ids = np.where(ids < 3, ids, E)
+    elif kind == "nobody":
+        ids[:] = E
+    return jnp.asarray(generator.random((M, X)), jnp.float32), jnp.asarray(ids, jnp.int32)
+
+
+def rows(M, D, dtype: Any = jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(M, D)), dtype)
+
+
+def exact_mlp(x, shares, experts, gate_up, gate_up_bias, down, down_bias):
+    """The definition in float64; experts that are not there add nothing."""
+    up, dn = exact_values(gate_up), exact_values(down)
+    gb, db = (np.asarray(b).astype(np.float64) for b in (gate_up_bias, down_bias))
+    x = np.asarray(x).astype(np.float64)
+    out = np.zeros_like(x)
+    for m, row in enumerate(np.asarray(experts)):
+        for share, e in zip(np.asarray(shares)[m], row, strict=True):
+            if 0 <= e < len(up):
+                h = up[e] @ x[m] + gb[e]
+                gate, value = np.minimum(h[:, 0], LIMIT), np.clip(h[:, 1], -LIMIT, LIMIT)
+                act = gate / (1 + np.exp(-ALPHA * gate)) * (value + 1)
+                out[m] += np.float64(share) * (dn[e] @ act + db[e])
+    return out
+
+
+def rms(x):
+    return np.sqrt((np.asarray(x, np.float64) ** 2).mean())
+
+
+# ---- unpacking
+
+
+def test_unpacking_is_exact_for_every_code_and_scale():
+    """0 and 1 would need subnormals, which are zeros; 254 reaches infinity, as in the reference."""
+    packed = np.tile(np.arange(256, dtype=np.uint8)[None, :], (256, 1))
+    scales = np.tile(np.arange(255, dtype=np.uint8)[:, None], (1, 16))
+    scales = np.concatenate([scales, scales[:1]])
+    low, high = jit(lambda b, s: unpack(b, s, jnp.bfloat16))(packed, scales)
+    got = np.stack([low, high], axis=-1).astype(np.float32).reshape(256, 512)
+    exact = mxfp4.unpack(packed.reshape(256, 16, 16), scales)
+    normal = scales[:, 0] >= 2
+    np.testing.assert_array_equal(got[normal], exact[normal])
+    np.testing.assert_array_equal(np.signbit(got[normal]), np.signbit(exact[normal]))
+    assert np.abs(got[~normal]).max() < 2.0**-122
+    assert np.isfinite(got[~normal]).all()
+
+
+# ---- who is with whom
+
+
+@functools.partial(jit, static_argnames=("E", "chosen"))
+def visited(experts_MX, E, chosen):
+    """Of every program: its expert, its blocks' count, and the pairs of each block."""
+    tile, pairs = moe._arranged(experts_MX, E, chosen)
+    most = experts_MX.size // tile.rows + 1
+
+    def kernel(*refs):
+        expert, count, pairs_of = moe._visit(refs[: pairs.sizes[0]], pairs.sizes, tile.rows)
+        p = moe.program_id(1)
+        refs[-1][p, 0, 0] = expert
+        refs[-1][p, 0, 1] = count
+
+        def block(i, _):
+            refs[-1][p, 1 + i, :] = pairs_of(i)
+            return 0
+
+        jax.lax.fori_loop(0, count, block, 0)
+
+    return triton.call(
+        kernel, *pairs.arrays, grid=(1, pairs.programs),
+        result=((pairs.programs, 1 + most, tile.rows), jnp.int32),
+        warps=4, stages=1, name="visited", interpret=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [SMALL, SORTED], ids=["together", "sorted"])
+@pytest.mark.parametrize("M", [1, 3, 30])
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_pair_is_met_once_by_its_expert_and_no_expert_is_read_in_vain(M, chosen, data):
+    E, row = 6, st.lists(st.integers(-1, 7), min_size=2, max_size=2)
+    experts = np.asarray(data.draw(st.lists(row, min_size=M, max_size=M)))
+    found = np.asarray(visited(jnp.asarray(experts, jnp.int32), E, chosen))
+    met = []
+    for program in found:
+        expert, count = program[0, :2]
+        pairs = program[1 : 1 + count].reshape(-1)
+        pairs = pairs[pairs < experts.size]
+        assert len(pairs) > 16 * (count - 1)
+        met += [(pair, expert) for pair in pairs]
+    wanted = [(i, e) for i, e in enumerate(experts.reshape(-1)) if 0 <= e < E]
+    assert sorted(met) == wanted
+
+
+# ---- the experts' feed-forward
+
+
+@jit
+def reference(*parts):
+    with backends.use("xla"):
+        return ops_moe._mlp(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
+
+
+@pytest.mark.parametrize("M", [1, 21])
+@pytest.mark.parametrize("chosen", [SMALL, SORTED], ids=["together", "sorted"])
+def test_experts_are_as_exact_as_the_reference(M, chosen):
+    E, D, F = 6, 96, 160
+    held = weights(E, D, F)
+    for kind in ("random", "few", "one", "nobody"):
+        shares, ids = routed(M, E, kind, seed=M)
+        x = rows(M, D, jnp.bfloat16, seed=M)
+        got = mlp(x, shares, ids, *held, chosen=chosen)
+        assert got.dtype == jnp.float32
+        exact = exact_mlp(x, shares, ids, *held)
+        if not exact.any():
+            np.testing.assert_array_equal(np.asarray(got), 0.0)
+            continue
+        own = rms(np.asarray(reference(x, shares, ids, *held)) - exact)
+        assert 0 < own < 0.01 * rms(exact)
+        assert rms(np.asarray(got) - exact) < 1.05 * own
+
+
+@pytest.mark.parametrize(
+    ("sizes", "M"), [((2, 704, 672), 3), ((130, 32, 32), 2), ((130, 32, 32), 66), ((3, 160, 96), 7)]
+)
+def test_experts_of_other_sizes_in_float32(sizes, M):
+    """More than one tile of outputs and of bytes, and tails; more experts than 120b has."""
+    E, D, F = sizes
+    gate_up, gate_up_bias, down, down_bias = weights(E, D, F)
+    generator = np.random.default_rng(M)
+    ids = jnp.asarray(generator.integers(-1, E + 2, (M, X)), jnp.int32)
+    shares = jnp.asarray(generator.random((M, X)), jnp.float32)
+    biases = gate_up_bias.astype(jnp.float32), down_bias.astype(jnp.float32)
+    x = rows(M, D)
+    got = mlp(x, shares, ids, gate_up, biases[0], down, biases[1], chosen=blocks.Tuning())
+    exact = exact_mlp(x, shares, ids, gate_up, gate_up_bias, down, down_bias)
+    np.testing.assert_allclose(np.asarray(got), exact, rtol=0, atol=5e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("chosen", [SMALL, SORTED], ids=["together", "sorted"])
+def test_a_row_that_nobody_counts_cannot_spoil_others(chosen):
+    E, D, F = 6, 96, 160
+    held = weights(E, D, F)
+    shares, ids = routed(5, E)
+    ids = ids.at[4].set(E)
+    x = rows(5, D, jnp.bfloat16)
+    clean = np.asarray(mlp(x, shares, ids, *held, chosen=chosen))
+    spoilt = np.asarray(mlp(x.at[4].set(jnp.nan), shares, ids, *held, chosen=chosen))
+    np.testing.assert_array_equal(spoilt, clean)
+    alone = mlp(x[:1], shares[:1], ids[:1], *held, chosen=chosen)
+    np.testing.assert_allclose(np.asarray(alone)[0], clean[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [SMALL, SORTED], ids=["together", "sorted"])
+def test_products_and_their_transposes_are_those_of_float64(chosen):
+    E, O, I, M = 5, 72, 96, 9
+    weight = random_experts((E, O, I), scales=(125, 129))
+    exact = exact_values(weight)
+    ids = np.random.default_rng(0).integers(-1, E + 1, (M, 3))
+    x, g = rows(M, I), jnp.asarray(np.random.default_rng(1).normal(size=(M, 3, O)), jnp.float32)
+    there = ((ids >= 0) & (ids < E))[..., None]
+    chosen_MXOI = exact[np.clip(ids, 0, E - 1)]
+    want = np.where(there, np.einsum("mi,mxoi->mxo", np.asarray(x, np.float64), chosen_MXOI), 0)
+    back = np.where(there, np.einsum("mxo,mxoi->mxi", np.asarray(g, np.float64), chosen_MXOI), 0)
+    run = functools.partial(jit, static_argnames=("chosen", "interpret"))
+    got = run(moe.grouped_product)(x, jnp.asarray(ids), weight, chosen=chosen, interpret=True)
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    got = run(moe.grouped_product_transposed)(
+        g, jnp.asarray(ids), weight, chosen=chosen, interpret=True
+    )
+    np.testing.assert_allclose(np.asarray(got), back, rtol=0, atol=1e-5 * np.abs(back).max())
+
+
+# ---- the operation
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Names of the kernels that ran, interpreted."""
+    used = []
+
+    def noted(name, call):
+        return lambda *parts, **rest: (
+            used.append(name) or call(*parts, **rest, chosen=SMALL, interpret=True)
+        )
+
+    for name in ("mlp", "grouped_product", "grouped_product_transposed"):
+        monkeypatch.setattr(moe, name, noted(name, getattr(moe, name)))
+    return used
+
+
+def operation(x, shares, gate_up_bias, down_bias, ids, gate_up, down, low_rank=None, counted=None):
+    return ops_moe.expert_mlp(
+        x, shares, ids, gate_up, gate_up_bias, down, down_bias, alpha=ALPHA, limit=LIMIT,
+        counted_M=counted, low_rank=low_rank,
+    )  # fmt: skip
+
+
+def close(got, expected, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        scale = max(1e-30, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+def operands(E=6, D=96, F=64):
+    gate_up, gate_up_bias, down, down_bias = weights(E, D, F)
+    shares, ids = routed(5, E)
+    biases = gate_up_bias.astype(jnp.float32), down_bias.astype(jnp.float32)
+    return rows(5, D), shares, *biases, ids, gate_up, down
+
+
+def test_the_gradient_goes_through_the_packed_bytes(interpreted):
+    parts = operands()
+
+    def total(*parts):
+        return jnp.sin(operation(*parts)).sum()
+
+    wanted = (0, 1, 2, 3)
+    with backends.use("xla"):
+        expected = jit(jax.value_and_grad(total, wanted))(*parts)
+    with backends.use(experts="gpu"):
+        got = jit(jax.value_and_grad(lambda *parts: total(*parts), wanted))(*parts)
+    close(got, expected)
+    assert interpreted.count("mlp") == 1
+    assert interpreted.count("grouped_product_transposed") == 2
+
+
+def test_rows_that_do_not_count_give_zeros(interpreted):
+    counted = jnp.asarray([True, True, False, True, True])
+    with backends.use("xla"):
+        expected = jit(operation)(*operands(), counted=counted)
+    with backends.use(experts="gpu"):
+        got = jit(lambda *parts: operation(*parts, counted=counted))(*operands())
+    close(got, expected)
+    assert not np.asarray(got)[2].any()
+    assert interpreted == ["mlp"]
+
+
+def test_low_rank_additions_take_the_products(interpreted):
+    E, D, F, R = 6, 96, 64, 3
+    parts = operands(E, D, F)
+    generator = np.random.default_rng(0)
+    shapes = {"gate_up": ((E, R, D), (E, F, 2, R)), "down": ((E, R, F), (E, D, R))}
+    low_rank = {
+        name: LowRank(
+            jnp.asarray(0.1 * generator.normal(size=a), jnp.float32),
+            jnp.asarray(0.1 * generator.normal(size=b), jnp.float32),
+            jnp.ones((1, R)),
+        )
+        for name, (a, b) in shapes.items()
+    }
+
+    def total(x, low_rank, *rest: Any):
+        return jnp.sin(operation(x, *rest, low_rank=low_rank)).sum()
+
+    with backends.use("xla"):
+        expected = jit(jax.value_and_grad(total, (0, 1)))(parts[0], low_rank, *parts[1:])
+    with backends.use(experts="gpu"):
+        got = jit(jax.value_and_grad(lambda *p: total(*p), (0, 1)))(parts[0], low_rank, *parts[1:])
+    close(got, expected)
+    assert set(interpreted) == {"grouped_product", "grouped_product_transposed"}
+
+
+def test_what_it_cannot_do_is_said():
+    x, shares, gate_up_bias, down_bias, ids, gate_up, down = operands()
+    pair: Any = Rounded(jnp.zeros((6, 2, 96)), jnp.zeros((6, 64, 2, 2)), jnp.ones((1, 2)))
+    with backends.use(experts="gpu"):
+        plain = gate_up.dequantize(jnp.float32), down.dequantize(jnp.float32)
+        with pytest.raises(GptOssError, match="experts are not packed"):
+            operation(x, shares, gate_up_bias, down_bias, ids, *plain)
+        with pytest.raises(GptOssError, match="rounded one after another"):
+            operation(x, shares, gate_up_bias, down_bias, ids, gate_up, down, {"gate_up": pair})
+
+
+def test_experts_spread_over_a_mesh(interpreted, monkeypatch):
+    """Forward and gradient; ids outside a device are nobody's there."""
+    parts = operands()
+    x, shares, gate_up_bias, down_bias, ids, gate_up, down = parts
+
+    def total(x, shares):
+        out = ops_moe.expert_mlp(
+            x, shares, ids[:4], gate_up, gate_up_bias, down, down_bias, alpha=ALPHA, limit=LIMIT,
+            rows=("data",),
+        )  # fmt: skip
+        return jnp.sin(out).sum(), out
+
+    def run():
+        step: Any = jit(jax.value_and_grad(lambda *p: total(*p), (0, 1), has_aux=True))
+        return step(x[:4], shares[:4])
+
+    with backends.use("xla"):
+        expected = run()
+    # the interpreter's own constants do not vary over a mesh (jax 0.10.2), compiled kernels do
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+    mesh = sharding.make_mesh({"data": 4, "expert": 2}, tiny.SMALL)
+    with backends.use(experts="gpu"), jax.set_mesh(mesh):
+        got = run()
+    close(got, expected)
+    assert "mlp" in interpreted
+
+
+# ---- block sizes
+
+
+def test_blocks_follow_the_rows_and_the_card():
+    chosen = blocks.Tuning()
+    assert [blocks.tile(M * 4, 32, chosen).rows for M in (1, 64, 256, 512, 8192)] == [
+        16, 16, 32, 64, 128,
+    ]  # fmt: skip
+    assert blocks.tile(8192 * 4, 32, chosen).outputs == chosen.many_outputs
+    assert blocks.model("NVIDIA H200") == chosen
+    for card in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+        assert blocks.model(card).stages < chosen.stages
