@@ -82,20 +82,28 @@ class Attention(_Declared):
 
     def __call__(self, x_BTD, span, stored, added):
         """Adds the attention's output to x; returns x and the layer's new (keys, values)."""
-        norm = ops.rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps)
-
-        def linear(subscripts, x, name):
-            weight, bias = (getattr(self, n).get_value() for n in (name, f"{name}_bias"))
-            return ops.linear(subscripts, x, weight, bias, added.get(name))
-
+        scale, eps = self.norm.get_value(), self.config.rms_norm_eps
+        weights, biases = (
+            [getattr(self, n + s).get_value() for n in "qkvo"] for s in ("", "_bias")
+        )
+        letters = "BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"
         with jax.named_scope("qkv"):
-            q = linear("BTD,NHD->BTNH", norm, "q")
-            k = linear("BTD,KHD->BTKH", norm, "k")
-            v = linear("BTD,KHD->BTKH", norm, "v")
-        q, k = ops.rotate(q, *span.rotation), ops.rotate(k, *span.rotation)
-        out, stored = self._attend(q, k, v, span, stored)
+            if added.keys() & {"q", "k", "v"}:
+                norm = ops.rms_norm(x_BTD, scale, eps)
+                each = zip(letters, "qkv", weights, biases, strict=False)
+                q, k, v = (ops.linear(text, norm, w, b, added.get(n)) for text, n, w, b in each)
+            else:
+                q, k, v = ops.norm_linears(x_BTD, scale, eps, letters, weights[:3], biases[:3])
+        if stored is not None and k.shape[1] == 1:
+            out, stored = self._attend_one(q, k, v, span, stored)
+        else:
+            q, k = ops.rotate(q, *span.rotation), ops.rotate(k, *span.rotation)
+            out, stored = self._attend(q, k, v, span, stored)
         with jax.named_scope("o"):
-            return x_BTD + linear("BTNH,DNH->BTD", out, "o"), stored
+            o = weights[3], biases[3]
+            if "o" in added:
+                return x_BTD + ops.linear("BTNH,DNH->BTD", out, *o, added["o"]), stored
+            return ops.add_linear(x_BTD, out, *o), stored
 
     def _attend(self, q, k, v, span, stored):
         sinks, window = self.sinks.get_value(), self.window
@@ -107,24 +115,28 @@ class Attention(_Declared):
                 ), None
             return self._band(q, k, v, None, span), None
         keys, values = stored
-        size, one = keys.shape[1], k.shape[1] == 1
-        if one:
-            slots = span.before_B if window is None else span.before_B % size
-            new = kv.append(keys, k, slots), kv.append(values, v, slots)
+        size = keys.shape[1]
+        if window is None:
+            slots = kv.full_slots(span.known_BT, size)
         else:
-            slots = (
-                kv.full_slots(span.known_BT, size)
-                if window is None
-                else kv.ring_slots(span.known_BT, span.length_B, size)
-            )
-            new = kv.write(keys, k, slots), kv.write(values, v, slots)
+            slots = kv.ring_slots(span.known_BT, span.length_B, size)
+        new = kv.write(keys, k, slots), kv.write(values, v, slots)
         if window is None:
             known = kv.full_positions(span.length_B, size)
             return ops.attention(q, *new, sinks, positions, known, extent_B=span.extent_B), new
-        if one:  # the ring then holds all that the query sees
-            known = kv.ring_positions(span.length_B, size)
-            return ops.attention(q, *new, sinks, positions, known, window), new
         return self._band(q, k, v, stored, span), new
+
+    def _attend_one(self, q, k, v, span, stored):
+        """One token: the ring then holds all that the query sees."""
+        size, window = stored[0].shape[1], self.window
+        if window is None:
+            slots, extent = span.before_B, span.extent_B
+            known = kv.full_positions(span.length_B, size)
+        else:
+            slots, extent = span.before_B % size, None
+            known = kv.ring_positions(span.length_B, size)
+        where = self.sinks.get_value(), span.positions_BT, known, window, extent
+        return ops.attend_one(q, k, v, span.rotation, stored, slots, *where, kv.append)
 
     def _band(self, q, k, v, stored, span):
         """A window over the keys before this call (the ring, or nothing) and this call's own."""
@@ -182,12 +194,11 @@ class Mlp(_Declared):
             else pair._replace(gain_BR=jnp.repeat(pair.gain_BR, T, axis=0))
             for name, pair in added.items()
         }
-        norm = ops.rms_norm(x_BTD, self.norm.get_value(), config.rms_norm_eps).reshape(
-            -1, config.hidden_size
-        )
         rows = batch_axes(x_BTD.shape[0])
-        weights, experts = ops.route(
-            norm,
+        norm, weights, experts = ops.norm_route(
+            x_BTD.reshape(-1, config.hidden_size),
+            self.norm.get_value(),
+            config.rms_norm_eps,
             self.router.get_value(),
             self.router_bias.get_value(),
             config.experts_per_token,

@@ -18,6 +18,10 @@ Precision (x is the activations' dtype, bfloat16 or float32; every product accum
 """
 
 from gptoss_jax.ops.attention import attention as attention
+from gptoss_jax.ops.attention_step import attend_one as attend_one
+from gptoss_jax.ops.decode import add_linear as add_linear
+from gptoss_jax.ops.decode import norm_linears as norm_linears
+from gptoss_jax.ops.decode import norm_route as norm_route
 from gptoss_jax.ops.embed import embed as embed
 from gptoss_jax.ops.linear import LowRank as LowRank
 from gptoss_jax.ops.linear import Rounded as Rounded

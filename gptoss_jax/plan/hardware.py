@@ -49,12 +49,15 @@ def _gpu(name, gb, bandwidth, flops, link, capability, cores) -> Device:
 
 
 # TPU memory: what the compiler of libtpu 0.0.51 says is available. The rest: cloud.google.com/tpu
-# docs, system architecture; NVIDIA's data sheets (memory as nvidia-smi shows it).
+# docs, system architecture; NVIDIA's data sheets of each card (A100, H100 SXM, H200 SXM, L4, L40S)
+# and the Ada and Blackwell architecture papers (4090, B200); memory as nvidia-smi shows it, links
+# NVLink's in one direction, or PCIe 4 x16.
 DEVICES = {
     "v5e": _tpu("TPU v5e", 15.75, 819, 197, 100),
     "v5p": _tpu("TPU v5p", 95.73, 2765, 459, 300),
     "v6e": _tpu("TPU v6e", 31.24, 1640, 918, 200),
     "l4": _gpu("NVIDIA L4", 24.1, 300, 121, 32, (8, 9), 58),
+    "l40s": _gpu("NVIDIA L40S", 48.3, 864, 362, 32, (8, 9), 142),
     "4090": _gpu("NVIDIA RTX 4090", 25.7, 1008, 165, 32, (8, 9), 128),
     "a100-40": _gpu("NVIDIA A100 40GB", 42.9, 1555, 312, 300, (8, 0), 108),
     "a100": _gpu("NVIDIA A100 80GB", 85.9, 2039, 312, 300, (8, 0), 108),

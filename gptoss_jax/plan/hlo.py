@@ -1,5 +1,8 @@
-"""What a compiled module's text says: its collectives, and the bytes that a loop moves."""
+"""What a compiled module's text says: its collectives, the bytes that a loop moves, and the kernels
+that it starts.
+"""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -173,3 +176,61 @@ def _of_fusion(lines: list[str], operands: list[str], result: str) -> int:
         else:
             total += _far(operand)
     return total + written
+
+
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_LAYER = re.compile(r"layer(\d+)/(.*)")
+_NO_KERNEL = (*_NOTHING, "copy-start", "add-dependency", "optimization-barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One operation of a GPU's program that is started by itself.
+
+    Attributes:
+      name: In the module.
+      kind: fusion, custom-call, copy, ...; of a custom call its target.
+      layer: Of the network; None outside.
+      scope: Names of the source's scopes inside the layer, and of the operation.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    scope: str
+
+
+def kernels(text: str, loop: str = " fusion(") -> list[Kernel]:
+    """Kernels that one turn of a loop starts on a GPU, in the program's order.
+
+    What is inside nested loops and conditionals (the sampler's) is not among them: they count as
+    one. A library's product may start a second kernel, which the text does not tell.
+
+    Args:
+      text: The compiled module's text.
+      loop: What occurs most often in the loop's body.
+    """
+    bodies, _ = _computations(text)
+    body = max(bodies, key=lambda name: sum(loop in line for line in bodies[name]))
+    found = []
+    for line in bodies[body]:
+        match = _NAMED.match(line)
+        if match is None or match[4] in _NO_KERNEL or match[4].endswith("-done"):
+            continue
+        target = re.search(r'custom_call_target="([^"]*)"', line)
+        called = _CALLED.search(line)
+        inside = bodies.get(called[1], []) if called else []
+        scope = next(
+            (path[1] for path in map(_OP_NAME.search, [line, *inside[::-1]]) if path is not None),
+            "",
+        )
+        layer = _LAYER.search(scope)
+        found.append(
+            Kernel(
+                match[2],
+                target[1] if target else match[4],
+                int(layer[1]) if layer else None,
+                layer[2] if layer else scope,
+            )
+        )
+    return found

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptoss_jax import libtpu, sharding, steps
 from gptoss_jax.bounds import busiest, leaves
@@ -128,6 +128,24 @@ def devices(topology: Topology) -> list[Any]:
     return list(found)
 
 
+# Names of cards by which JAX's Pallas knows what it compiles for; by CUDA's capability.
+KNOWN_CARDS = {
+    (8, 0): "NVIDIA A100",
+    (8, 9): "NVIDIA L4",
+    (9, 0): "NVIDIA H100",
+    (10, 0): "NVIDIA B200",
+}
+
+
+def in_place_of(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are traced and lowered for one device that is not there."""
+    if device.platform == "tpu":
+        return contextlib.nullcontext()
+    card = jax.sharding.AbstractDevice(device.device_kind, None, device.platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=card)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def _target(topology: Topology) -> str:
     """XLA's description of a GPU."""
     device = topology.device
@@ -149,7 +167,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
-device_description_str: "{device.name}"
+device_description_str: "{KNOWN_CARDS[device.capability]}"
 """
 
 
@@ -271,7 +289,7 @@ class Steps:
         tpu = self.device.platform == "tpu"
         started = time.perf_counter()
         with (
-            contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
+            in_place_of(self.device) if self.mesh is None else jax.set_mesh(self.mesh),
             backends.compiling_for("tpu" if tpu else "gpu"),
             tempfile.TemporaryDirectory() as folder,
         ):

@@ -113,7 +113,7 @@ def forward(
     first_BC, end_BC = extent(seen_BCs)
     count, splits = seen_BCs.shape[1], blocks.splits
     q = q_BTNH.reshape(B, T, K, N // K, H)
-    sinks = sinks_N.astype(jnp.float32).reshape(K, N // K)
+    sinks = sinks_N.reshape(K, N // K)
     inputs = q, k_BSKH, v_BSKH, sinks, q_positions_BT, k_positions_BS, first_BC, end_BC
     specs = [
         pl.BlockSpec((None, T, None, N // K, H), lambda i, h, b: (b, 0, h, 0, 0)),
@@ -343,7 +343,7 @@ def place(blocks: Blocks):
 
 def sink_of(logits):
     """As scores are here: in powers of two, and finite."""
-    return jnp.maximum(logits, LEAST) * LOG2_E
+    return jnp.maximum(logits.astype(jnp.float32), LEAST) * LOG2_E
 
 
 def average(query, sink, first, end, split, blocks: Blocks, H: int, read):
