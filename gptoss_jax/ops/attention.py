@@ -65,17 +65,14 @@ def attention(
 
 def _by_back_end(reference, parts, window, segments):
     def why_not_cpu():
-        if segments is not None:
-            return "the kernel knows no segments"
         if parts[0].shape[-1] % cpu.HEAD_BLOCK:
             return f"heads are no multiple of {cpu.HEAD_BLOCK}"
         if sharding.current() is not None:
             return "the mesh's partitioner knows einsums only"
         return cpu.why_not()
 
-    def on_cpu(q, k, v, sinks, q_positions, k_positions):
-        sinks = sinks.astype(jnp.float32)
-        return cpu.attention(q, k, v, sinks, q_positions, k_positions, window)
+    def on_cpu(*parts):
+        return _on_cpu(window, *parts, segments)
 
     def on_tpu(*parts):
         from gptoss_jax.kernels.tpu.attention import attention  # Pallas takes 0.2 s to import
@@ -98,7 +95,7 @@ def _by_back_end(reference, parts, window, segments):
         return kernel
 
     others = {
-        "cpu": Backend(with_gradient(on_cpu), why_not_cpu()),
+        "cpu": Backend(on_cpu, why_not_cpu()),
         "tpu": Backend(
             with_gradient(on_tpu), None if segments is None else "the kernel knows no segments"
         ),
@@ -106,6 +103,27 @@ def _by_back_end(reference, parts, window, segments):
     }
     with jax.named_scope("attention"):
         return backends.run("attention", reference, others, *parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _on_cpu(window, q, k, v, sinks, q_positions, k_positions, segments):
+    return _on_cpu_forward(window, q, k, v, sinks, q_positions, k_positions, segments)[0]
+
+
+def _on_cpu_forward(window, q, k, v, sinks, q_positions, k_positions, segments):
+    wide = sinks.astype(jnp.float32)
+    found = cpu.attention_and_norm(q, k, v, wide, q_positions, k_positions, window, segments)
+    return found[0], ((q, k, v, sinks, q_positions, k_positions, segments), found)
+
+
+def _on_cpu_backward(window, kept, gradient):
+    (q, k, v, sinks, q_positions, k_positions, segments), (out, norm) = kept
+    parts = q, k, v, sinks.astype(jnp.float32), q_positions, k_positions, window, segments
+    *to_arrays, to_sinks = cpu.attention_gradient(*parts, out, norm, gradient)
+    return *to_arrays, to_sinks.astype(sinks.dtype), None, None, None
+
+
+_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
 
 
 WIDEST_HEAD, LARGEST_GROUP = 256, 64  # of the GPU's kernel: what registers hold

@@ -1,11 +1,16 @@
 """Dense products with bias, and low-rank additions to them."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptoss_jax import sharding
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import backends
+from gptoss_jax.ops.backends import Backend
 from gptoss_jax.ops.product import product
 
 
@@ -60,12 +65,60 @@ def linear(
       The product in x's dtype.
     """
     out = product(subscripts, x, weight)
-    if bias is not None:
-        out = out + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
     if addition is not None:
         with jax.named_scope("low_rank"):
-            out = out + low_rank_product(subscripts, x, addition)
+            out = add_low_rank(subscripts, out, x, addition)
+    if bias is not None:
+        out = out + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
     return out.astype(x.dtype)
+
+
+def add_low_rank(
+    subscripts: str, out: jax.Array, x: jax.Array, addition: LowRank
+) -> Float[Array, "..."]:
+    """out + `low_rank_product`, float32; arguments as there."""
+    rows = _letters(subscripts)[0]
+
+    def reference(out, x, addition):
+        return out + low_rank_product(subscripts, x, addition)
+
+    def kernel(out, x, addition):
+        M, R = math.prod(x.shape[: len(rows)]), addition.a.shape[0]
+        gain_BR = addition.gain_BR
+        repeated = (len(gain_BR), M // len(gain_BR), R)
+        gain_MR = jnp.broadcast_to(gain_BR[:, None], repeated).reshape(M, R)
+        return grouped_low_rank(
+            out.reshape(M, 1, -1),
+            x.reshape(M, -1),
+            jnp.zeros((M, 1), jnp.int32),
+            addition.a.reshape(1, R, -1),
+            addition.b.reshape(1, -1, R),
+            gain_MR,
+        ).reshape(out.shape)
+
+    why = "the mesh's partitioner knows einsums only" if sharding.current() else cpu.why_not()
+    return backends.run("product", reference, {"cpu": Backend(kernel, why)}, out, x, addition)
+
+
+@jax.custom_vjp
+def grouped_low_rank(y_MXO, x_MI, experts_MX, a_ERI, b_EOR, gain_MR) -> Float[Array, "M X O"]:
+    """`kernels.cpu.add_low_rank` and its gradient."""
+    return cpu.add_low_rank(y_MXO, x_MI, experts_MX, a_ERI, b_EOR, gain_MR)[0]
+
+
+def _forward(y_MXO, *parts):
+    out, h = cpu.add_low_rank(y_MXO, *parts)
+    return out, (parts, h)
+
+
+def _backward(kept, gradient):
+    (x, experts, a, b, gain), h = kept
+    to_x, to_a, to_b, to_gain = cpu.add_low_rank_gradient(gradient, x, experts, a, b, gain, h)
+    to_x = to_x.sum(1).astype(x.dtype)
+    return gradient, to_x, None, to_a.astype(a.dtype), to_b.astype(b.dtype), to_gain.sum(1)
+
+
+grouped_low_rank.defvjp(_forward, _backward)
 
 
 def low_rank_product(subscripts: str, x: jax.Array, addition: LowRank) -> jax.Array:
@@ -77,11 +130,17 @@ def low_rank_product(subscripts: str, x: jax.Array, addition: LowRank) -> jax.Ar
       x: Activations.
       addition: b (gain * (a x)), computed in x's dtype.
     """
+    rows, inputs, outputs = _letters(subscripts)
+    a, b, gain = addition
+    h = product(f"{rows}{inputs},R{inputs}->{rows}R", x, a.astype(x.dtype))
+    gain = jnp.expand_dims(gain, tuple(range(1, len(rows))))
+    h = (h * gain).astype(x.dtype)
+    return product(f"{rows}R,{outputs}R->{rows}{outputs}", h, b.astype(x.dtype))
+
+
+def _letters(subscripts: str) -> tuple[str, str, str]:
+    """Letters of rows, inputs and outputs."""
     given, result = subscripts.split("->")
     letters, weight = given.split(",")
     rows = "".join(letter for letter in letters if letter not in weight)
-    a, b, gain = addition
-    h = product(f"{letters},R{letters[len(rows) :]}->{rows}R", x, a.astype(x.dtype))
-    gain = jnp.expand_dims(gain, tuple(range(1, len(rows))))
-    h = (h * gain).astype(x.dtype)
-    return product(f"{rows}R,{result[len(rows) :]}R->{result}", h, b.astype(x.dtype))
+    return rows, letters[len(rows) :], result[len(rows) :]

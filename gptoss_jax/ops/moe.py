@@ -18,7 +18,7 @@ from gptoss_jax.kernels import cpu, gpu, tpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
-from gptoss_jax.ops.linear import LowRank, Rounded, low_rank_product
+from gptoss_jax.ops.linear import LowRank, Rounded, grouped_low_rank, low_rank_product
 from gptoss_jax.ops.product import packed_product, product
 
 UNPACKED_LIMIT = (
@@ -227,10 +227,7 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
 
     reference = functools.partial(_mlp, alpha=alpha, limit=limit, spread=spread, some=some)
     others = {
-        "cpu": Backend(
-            functools.partial(_mlp_by_products, kernels=cpu, alpha=alpha, limit=limit),
-            why_not_cpu(),
-        ),
+        "cpu": Backend(functools.partial(_mlp_on_cpu, alpha=alpha, limit=limit), why_not_cpu()),
         "gpu": Backend(
             functools.partial(_mlp_on_gpu, alpha=alpha, limit=limit, spread=spread), why_not_gpu()
         ),
@@ -246,6 +243,49 @@ def _mlp_on_tpu(*parts, alpha, limit):
     from gptoss_jax.kernels.tpu.moe import mlp  # Pallas takes 0.2 s to import
 
     return mlp(*parts[:7], alpha=alpha, limit=limit)
+
+
+def _mlp_on_cpu(
+    x_MD,
+    weights_MX,
+    experts_MX,
+    gate_up_EFPD,
+    gate_up_bias_EFP,
+    down_EDF,
+    down_bias_ED,
+    low_rank,
+    *,
+    alpha,
+    limit,
+):
+    """`_mlp` by the kernel's products and additions, which find the rows of an expert
+    themselves.
+    """
+    M, X = experts_MX.shape
+    E, F, P, D = gate_up_EFPD.shape
+    blocks, scales = gate_up_EFPD.blocks, gate_up_EFPD.scales
+    gate_up_EOD = MxTensor(
+        blocks.reshape(E, F * P, *blocks.shape[3:]), scales.reshape(E, F * P, -1)
+    )
+    flat = experts_MX.reshape(-1)
+
+    def times(name, rows_RI, experts_RX, weight, bias_EO):
+        """Rows, each with its experts -> those of every pair [M X, O], float32."""
+        out: Any = packed_product(rows_RI, experts_RX, weight)
+        if name in low_rank:
+            a, b, gain_MR = low_rank[name]
+            gain = jnp.repeat(gain_MR, len(rows_RI) // M, axis=0)
+            out = grouped_low_rank(out, rows_RI, experts_RX, a, b.reshape(E, -1, a.shape[1]), gain)
+        bias = jnp.take(bias_EO, flat, axis=0, mode="clip").astype(jnp.float32)
+        return out.reshape(M * X, -1) + bias
+
+    h = times("gate_up", x_MD, experts_MX, gate_up_EOD, gate_up_bias_EFP.reshape(E, F * P))
+    act = swiglu(h.reshape(-1, F, P), alpha, limit).astype(x_MD.dtype)
+    out_MXD = times("down", act, flat[:, None], down_EDF, down_bias_ED).reshape(M, X, D)
+    # What came out for nobody's rows is biases alone.
+    weights_MX = jnp.where(experts_MX < E, weights_MX, 0.0)
+    # One by one: XLA's CPU reduction over X calls its thread pool, 80 microseconds for one row.
+    return sum(out_MXD[:, x] * weights_MX[:, x, None] for x in range(X))
 
 
 def _mlp_on_gpu(*parts, alpha, limit, spread):

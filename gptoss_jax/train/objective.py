@@ -107,44 +107,97 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """sum weights (logsumexp(logits) - logits[target]) in float32, chunk by chunk.
 
-    Supervised positions are moved to the front; chunks without any are skipped, and the logits of
-    a chunk are computed again in the backward pass.
+    Supervised positions are moved to the front, and chunks without any are skipped. A chunk's
+    gradient is taken while its logits are there, so that they are computed once.
 
     Args:
       params: With "unembedding".
       x_BTD: Hidden states.
       targets_BT: int32.
-      weights_BT: float32, 0 where nothing is to be learnt.
+      weights_BT: float32, 0 where nothing is to be learnt; they have no gradient.
       added: As in `model.apply`.
     """
+    head = {"unembedding": params["unembedding"]}, {}
+    if added and "unembedding" in added:
+        head[1]["unembedding"] = added["unembedding"]
+    return _summed(head, x_BTD, targets_BT, weights_BT)
+
+
+@jax.custom_vjp
+def _summed(head, x_BTD, targets_BT, weights_BT):
+    def one(*chunk):
+        return _loss(head, *chunk), ()
+
+    return _by_chunks(one, len(head[0]["unembedding"]), x_BTD, targets_BT, weights_BT)[0]
+
+
+def _summed_forward(head, x_BTD, targets_BT, weights_BT):
+    """The sum, and its gradients for x and for what of the head is not frozen."""
+    leaves, tree = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
+    moving = [leaf.value for leaf in leaves if leaf.perturbed]
+
+    def loss(moving, *chunk):
+        of = iter(moving)
+        whole = [next(of) if leaf.perturbed else leaf.value for leaf in leaves]
+        return _loss(tree.unflatten(whole), *chunk)
+
+    def one(*chunk):
+        value, (to_head, to_x) = jax.value_and_grad(loss, argnums=(0, 1))(moving, *chunk)
+        return (value, to_head), to_x
+
+    vocabulary = leaves[0].value.shape[0]
+    given = (x.value for x in (x_BTD, targets_BT, weights_BT))
+    (total, to_head), to_x = _by_chunks(one, vocabulary, *given)
+    of = iter(to_head)
+    return total, (tree.unflatten([next(of) if leaf.perturbed else None for leaf in leaves]), to_x)
+
+
+def _summed_backward(kept, gradient):
+    to_head, to_x = jax.tree.map(lambda x: (x.astype(jnp.float32) * gradient).astype(x.dtype), kept)
+    return to_head, to_x, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+
+
+def _loss(head, x_BTD, targets_BT, weights_BT):
+    logits = unembed(head[0], constrain(x_BTD, "BTD"), head[1])
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    chosen = jnp.where(targets_BT[..., None] == ids[None, None], logits, 0).sum(-1)
+    return (weights_BT * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
+
+
+def _by_chunks(one, vocabulary, x_BTD, targets_BT, weights_BT):
+    """one(x, targets, weights) of chunks of positions: its first result summed, its second
+    [B, T, ...].
+    """
     B, T = targets_BT.shape
-    V = params["unembedding"].shape[0]
-    rows = max(1, CHUNK_BYTES // (4 * V))
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
     size = min(T, max(8, rows // B))  # positions of each sequence in a chunk
-    pad = -T % size
+    if size == T:
+        return one(x_BTD, targets_BT, weights_BT)
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
-    x_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
-    targets_BT, weights_BT = (
-        jnp.take_along_axis(x, order_BT, axis=1) for x in (targets_BT, weights_BT)
-    )
+
+    def moved(x, order_BT):
+        order = jnp.expand_dims(order_BT, tuple(range(2, x.ndim)))
+        return jnp.take_along_axis(x, order, axis=1)
 
     def chunks(x):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(moved(x, order_BT), [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
-    def some(x_BCD, targets_BC, weights_BC):
-        logits = unembed(params, constrain(x_BCD, "BTD"), added)
-        chosen = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
-        return (weights_BC * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
+    def none(*chunk):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *chunk))
 
-    def none(*_):
-        return jnp.float32(0)
+    def step(sums, chunk):
+        more, rows = jax.lax.cond((chunk[2] != 0).any(), one, none, *chunk)
+        return jax.tree.map(jnp.add, sums, more), rows
 
-    @jax.checkpoint
-    def step(total, chunk):
-        return total + jax.lax.cond((chunk[2] != 0).any(), some, none, *chunk), None
+    given = tuple(map(chunks, (x_BTD, targets_BT, weights_BT)))
+    sums, rows = jax.lax.scan(step, none(*(x[0] for x in given))[0], given)
+    back_BT = jnp.argsort(order_BT, axis=1)
 
-    total, _ = jax.lax.scan(
-        step, jnp.float32(0), (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT))
-    )
-    return total
+    def whole(x):
+        return moved(jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T], back_BT)
+
+    return sums, jax.tree.map(whole, rows)

@@ -28,6 +28,19 @@ struct Arithmetic {
   // Of `count` scores, a multiple of 16: the largest; and exp(score - largest) as operands, whose sum in float32 is given.
   float (*largest)(const float* scores, int count);
   float (*exponentials)(const float* scores, int count, float largest, void* out);
+
+  // Of float32 alone; bfloat16's has none.
+  // y[m * y_row + k] = sum_n g[m * g_row + n * g_step] w[n * w_row + k], added to y if `add`; k < K, a multiple of 16.
+  void (*product)(const float* g, int64_t g_row, int64_t g_step, int rows, const float* w, int64_t w_row, int N, int K,
+                  float* y, int64_t y_row, bool add);
+  // out[k * out_row + n] = w[n * w_row + k]; K a multiple of 4.
+  void (*transpose)(const float* w, int64_t w_row, int N, int K, float* out, int64_t out_row);
+  // Scores of keys that a query does not see become -inf: seen are positions after `after` up to `last`, and of `segment`
+  // unless segments is null.
+  void (*mask)(float* scores, const int32_t* positions, const int32_t* segments, int count, int32_t after, int32_t last,
+               int32_t segment);
+  // d[i] = weights[i] (d[i] - mean): from gradients of a softmax's weights to those of its scores.
+  void (*through_softmax)(const float* weights, float mean, int count, float* d);
 };
 
 extern "C" const Arithmetic gptoss_float32_base;

@@ -1,56 +1,48 @@
-// Attention with sinks over keys whose positions are known, for decode and for prefill.
+// Attention with sinks over keys whose positions are known, for decode, for prefill and for training.
 //
 // A task has the queries of one kv head's group for a few positions, and reads keys and values in blocks; sums are scaled as
-// the largest score grows (Milakov and Gimelshein 2018, algorithm 3), and begin with the sink. Blocks that none of the
+// the largest score grows (Milakov and Gimelshein 2018, algorithm 3), and begin with the sink. Keys that none of the
 // task's queries sees are not read, so that the cost follows what is visible and not the cache's size. A query's result does
-// not depend on the others of its task: a block that it does not see adds zeros.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <vector>
+// not depend on the others of its task: keys that it does not see add zeros.
+#include "attention.h"
 
-#include "host.h"
+#include <cmath>
 
 namespace {
 
-constexpr int64_t kKeys = 256;      // of a block
-constexpr int64_t kMostRows = 192;  // (query, head) pairs of a task: what `tiles` keeps
-
-struct Extent {
-  int32_t first, last;  // positions in a block of keys; first > last if there is none
-  bool whole;           // every slot holds a position
-};
-
 struct Attention {
-  const Arithmetic* use;
+  const Arithmetic *use, *rows;  // of products; of scores, which are float32
   Kind kind;
   const char *q, *k, *v;
   const float* sinks;
-  const int32_t *q_positions, *k_positions;
-  int64_t B, T, N, H, S, K, window;
+  int64_t N, H, K;
   char* out;
+  float* norm;
 };
 
-void one_task(const Attention& p, const char* q, const std::vector<Extent>& extents, int64_t b, int64_t head, int64_t t0,
-              int64_t count) {
+void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t head, int64_t t0, int64_t count) {
   const Arithmetic& use = *p.use;
   const int64_t G = p.N / p.K, rows = G * count, H = p.H, bytes = use.bytes;
-  const int64_t size = p.kind == Kind::kBfloat16 ? 2 : 4, blocks = (p.S + kKeys - 1) / kKeys;
-  const bool in_place = size == bytes;
-  const int32_t* at = p.q_positions + b * p.T + t0;
-  const auto [lowest, highest] = std::minmax_element(at, at + count);
+  const int64_t size = p.kind == Kind::kBfloat16 ? 2 : 4;
+  const bool wide = bytes == 4, in_place = size == bytes;
+  const float scale = 1.0f / std::sqrt(float(H));
+  const Range queries = keys.queries(b, t0, count);
 
   float* scores = static_cast<float*>(scratch<5>(rows * kKeys * 4));
   char* weights = static_cast<char*>(scratch<6>(rows * kKeys * bytes));
   float* sums = static_cast<float*>(scratch<3>(rows * H * 4));
   char* panel = static_cast<char*>(scratch<2>(kKeys * H * bytes));
-  char* widened = in_place ? nullptr : static_cast<char*>(scratch<0>(2 * kKeys * H * bytes));
+  float* widened = in_place ? nullptr : static_cast<float*>(scratch<0>(2 * kKeys * H * 4));
+  float* q_wide = wide ? static_cast<float*>(scratch<1>(rows * H * 4)) : nullptr;
   float most[kMostRows], total[kMostRows];
   const void *q_rows[kMostRows], *weight_rows[kMostRows], *v_rows[kKeys];
   float* score_rows[kMostRows];
-  for (int64_t r = 0; r < rows; r++) {  // row r: query t0 + r / G, head r % G of the group
-    q_rows[r] = q + (((b * p.T + t0 + r / G) * p.N) + head * G + r % G) * H * bytes;
+  const auto place = [&](int64_t r) {  // row r: query t0 + r / G, head r % G of the group
+    return ((b * keys.T + t0 + r / G) * p.N + head * G + r % G) * H;
+  };
+  for (int64_t r = 0; r < rows; r++) {
+    q_rows[r] = p.q + place(r) * size;
+    if (wide) copy_rows(p.kind, q_rows[r], 0, 1, H, q_wide + r * H);
     score_rows[r] = scores + r * kKeys;
     weight_rows[r] = weights + r * kKeys * bytes;
     most[r] = p.sinks[head * G + r % G];
@@ -58,41 +50,39 @@ void one_task(const Attention& p, const char* q, const std::vector<Extent>& exte
   }
   std::memset(sums, 0, rows * H * 4);
 
-  const float scale = 1.0f / std::sqrt(float(H));
-  for (int64_t block = 0; block < blocks; block++) {
-    const Extent& extent = extents[b * blocks + block];
-    const bool none = extent.first > extent.last || extent.first > *highest ||
-                      (p.window && int64_t(extent.last) <= int64_t(*lowest) - p.window);
-    if (none) continue;
-    const int64_t start = block * kKeys, keys = std::min(kKeys, p.S - start), padded = (keys + 15) / 16 * 16;
-    const bool all = extent.whole && extent.last <= *lowest &&
-                     (!p.window || int64_t(extent.first) > int64_t(*highest) - p.window);
-    const int64_t from = ((b * p.S + start) * p.K + head) * H, step = p.K * H;
+  for (int64_t block = 0; block < keys.count(); block++) {
+    const Visibility::Part part = keys.part(queries, b, block);
+    if (part.start == part.end) continue;
+    const int64_t some = part.end - part.start, padded = (some + 15) / 16 * 16, step = p.K * H;
+    const int64_t from = (b * keys.S + part.start) * step + head * H;
     const char *k = p.k + from * size, *v = p.v + from * size;
     int64_t stride = step;
     if (!in_place) {
-      for (int64_t s = 0; s < keys; s++)
-        for (int64_t h = 0; h < H; h++) {
-          reinterpret_cast<float*>(widened)[s * H + h] = widen(reinterpret_cast<const uint16_t*>(k)[s * step + h]);
-          reinterpret_cast<float*>(widened)[(kKeys + s) * H + h] =
-              widen(reinterpret_cast<const uint16_t*>(v)[s * step + h]);
-        }
-      k = widened, v = widened + kKeys * H * bytes, stride = H;
+      copy_rows(p.kind, k, step, some, H, widened);
+      copy_rows(p.kind, v, step, some, H, widened + kKeys * H);
+      k = reinterpret_cast<char*>(widened), v = reinterpret_cast<char*>(widened + kKeys * H), stride = H;
     }
-    use.tiles(q_rows, int(rows), k, stride, int(keys), int(H), score_rows);
-    const int32_t* positions = p.k_positions + b * p.S + start;
+    if (wide) {
+      float* columns = reinterpret_cast<float*>(panel);
+      use.transpose(reinterpret_cast<const float*>(k), stride, int(some), int(H), columns, kKeys);
+      for (int64_t h = 0; h < H; h++)
+        for (int64_t s = some; s < padded; s++) columns[h * kKeys + s] = 0;
+      // Two sums of half a head each: one after another they would be less exact.
+      float* others = reinterpret_cast<float*>(weights);
+      const int64_t half = H / 2;
+      use.product(q_wide, H, 1, int(rows), columns, kKeys, int(half), int(padded), scores, kKeys, false);
+      use.product(q_wide + half, H, 1, int(rows), columns + half * kKeys, kKeys, int(half), int(padded), others, kKeys,
+                  false);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t s = 0; s < padded; s++) scores[r * kKeys + s] += others[r * kKeys + s];
+    } else {
+      use.tiles(q_rows, int(rows), k, stride, int(some), int(H), score_rows);
+    }
     for (int64_t r = 0; r < rows; r++) {
       float* row = score_rows[r];
-      const int64_t position = at[r / G];
-      if (all)
-        for (int64_t s = 0; s < keys; s++) row[s] *= scale;
-      else
-        for (int64_t s = 0; s < keys; s++) {
-          const bool visible = positions[s] >= 0 && positions[s] <= position &&
-                               (!p.window || positions[s] > position - p.window);
-          row[s] = visible ? row[s] * scale : -std::numeric_limits<float>::infinity();
-        }
-      for (int64_t s = keys; s < padded; s++) row[s] = -std::numeric_limits<float>::infinity();
+      for (int64_t s = 0; s < some; s++) row[s] *= scale;
+      for (int64_t s = some; s < padded; s++) row[s] = -std::numeric_limits<float>::infinity();
+      if (!part.all) keys.hide(*p.rows, row, b, t0 + r / G, part);
       const float grown = std::max(most[r], use.largest(row, int(padded)));
       if (grown != most[r]) {
         const float shrink = std::exp(most[r] - grown);
@@ -102,71 +92,51 @@ void one_task(const Attention& p, const char* q, const std::vector<Extent>& exte
       }
       total[r] += use.exponentials(row, int(padded), grown, weights + r * kKeys * bytes);
     }
-    const int64_t even = (keys + 1) / 2 * 2;  // of an odd number of keys the last is read twice, with a weight of 0
-    for (int64_t s = 0; s < even; s++) v_rows[s] = v + std::min(s, keys - 1) * stride * bytes;
+    if (wide) {
+      use.product(reinterpret_cast<float*>(weights), kKeys, 1, int(rows), reinterpret_cast<const float*>(v), stride,
+                  int(some), int(H), sums, H, true);
+      continue;
+    }
+    const int64_t even = (some + 1) / 2 * 2;  // of an odd number of keys the last is read twice, with a weight of 0
+    for (int64_t s = 0; s < even; s++) v_rows[s] = v + std::min(s, some - 1) * stride * bytes;
     use.panel(v_rows, int(even), int(H), panel);
     use.spread(weight_rows, int(rows), panel, int(even), int(H), sums, H);
   }
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t to = (((b * p.T + t0 + r / G) * p.N) + head * G + r % G) * H;
-    for (int64_t h = 0; h < H; h++) {
-      const float value = sums[r * H + h] / total[r];
-      if (p.kind == Kind::kFloat32) {
-        reinterpret_cast<float*>(p.out)[to + h] = value;
-      } else {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-        reinterpret_cast<uint16_t*>(p.out)[to + h] = uint16_t(bits >> 16);
-      }
-    }
+    for (int64_t h = 0; h < H; h++) sums[r * H + h] /= total[r];
+    write_row(p.kind, sums + r * H, H, p.out + place(r) * size);
+    p.norm[place(r) / H] = most[r] + std::log(total[r]);
   }
 }
 
-// q [B, T, N, H], k and v [B, S, K, H], sinks float32 [N], positions int32 [B, T] and [B, S], -1 for nothing; window 0 for
-// none -> [B, T, N, H].
+// q [B, T, N, H], k and v [B, S, K, H], sinks float32 [N], positions int32 [B, T] and [B, S], -1 for nothing, segments of
+// the same shapes or empty; window 0 for none -> [B, T, N, H], and float32 [B, T, N]: the logarithm of the sum of
+// exponentials, that of the sink among them.
 ffi::Error attention(ffi::ThreadPool pool, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> q_positions, ffi::Buffer<ffi::S32> k_positions,
-                     ffi::Result<ffi::AnyBuffer> out) {
+                     ffi::Buffer<ffi::S32> q_segments, ffi::Buffer<ffi::S32> k_segments, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::ResultBuffer<ffi::F32> norm) {
   const auto kind = kind_of(q.element_type());
   if (!kind.has_value()) return kind.error();
   if (k.element_type() != q.element_type() || v.element_type() != q.element_type())
     return ffi::Error::InvalidArgument("queries, keys and values must be of one type");
   const auto d = q.dimensions(), e = k.dimensions();
-  Attention p{arithmetic_for(kind.value()), kind.value(), static_cast<const char*>(q.untyped_data()),
-              static_cast<const char*>(k.untyped_data()), static_cast<const char*>(v.untyped_data()), sinks.typed_data(),
-              q_positions.typed_data(), k_positions.typed_data(), d[0], d[1], d[2], d[3], e[1], e[2], window,
-              static_cast<char*>(out->untyped_data())};
+  const Arithmetic* rows = arithmetic_for(Kind::kFloat32);
+  // bfloat16's columns of values come in 64.
+  Attention p{d[3] % 64 ? rows : arithmetic_for(kind.value()), rows, kind.value(),
+              static_cast<const char*>(q.untyped_data()), static_cast<const char*>(k.untyped_data()),
+              static_cast<const char*>(v.untyped_data()), sinks.typed_data(), d[2], d[3], e[2],
+              static_cast<char*>(out->untyped_data()), norm->typed_data()};
   const int64_t G = p.N / p.K;
-  if (p.H % 64 || G > kMostRows) return ffi::Error::InvalidArgument("heads must be a multiple of 64 values");
-  const int64_t blocks = (p.S + kKeys - 1) / kKeys;
-  std::vector<Extent> extents(p.B * blocks);
-  for (int64_t i = 0; i < p.B * blocks; i++) {
-    const int64_t start = i % blocks * kKeys;
-    const int32_t* at = p.k_positions + i / blocks * p.S + start;
-    Extent extent{std::numeric_limits<int32_t>::max(), -1, true};
-    for (int64_t s = 0; s < std::min(kKeys, p.S - start); s++) {
-      if (at[s] < 0) {
-        extent.whole = false;
-        continue;
-      }
-      extent.first = std::min(extent.first, at[s]), extent.last = std::max(extent.last, at[s]);
-    }
-    extents[i] = extent;
-  }
-  std::vector<char> made;
-  const char* rows = p.q;
-  if (p.kind == Kind::kBfloat16 && p.use->bytes == 4) {
-    made = operands(pool, p.use, p.q, p.kind, p.B * p.T * p.N, p.H, p.H, 0);
-    rows = made.data();
-  }
-  const int64_t step = std::max<int64_t>(1, 96 / G), parts = (p.T + step - 1) / step;
+  if (p.H % 32 || G > kMostRows) return ffi::Error::InvalidArgument("heads must be a multiple of 32 values");
+  const Visibility keys(q_positions, k_positions, q_segments, k_segments, window);
+  const int64_t step = std::max<int64_t>(1, kUsualRows / G), parts = (keys.T + step - 1) / step;
   int64_t seen = 0;
-  for (const Extent& extent : extents) seen += extent.first <= extent.last ? kKeys : 0;
-  if (p.window) seen = std::min(seen, p.B * (p.window + p.T));
-  parallel(pool, p.B * p.K * parts, 2 * seen * p.T * p.N * p.H, [&](int64_t i) {
+  for (const Range& block : keys.blocks) seen += block.first <= block.last ? kKeys : 0;
+  if (window) seen = std::min(seen, keys.B * (window + keys.T));
+  parallel(pool, keys.B * p.K * parts, 2 * seen * keys.T * p.N * p.H, [&](int64_t i) {
     const int64_t t0 = i % parts * step, head = i / parts % p.K, b = i / parts / p.K;
-    one_task(p, rows, extents, b, head, t0, std::min(step, p.T - t0));
+    one_task(p, keys, b, head, t0, std::min(step, keys.T - t0));
   });
   return ffi::Error::Success();
 }
@@ -183,4 +153,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_attention, attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,7 +1,7 @@
 // Float32 arithmetic by the compiler's vectors: compiled once for every instruction set, which NAME and WIDTH tell apart.
 #include "arithmetic.h"
 
-#if WIDTH > 4
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,30 @@ inline float total(Vector v) {
   return lanes[0];
 }
 
+// Sums of the lanes of four vectors, each in the order of `total`.
+inline void totals(const Vector* v, float* to) {
+#if WIDTH == 16
+  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+#elif WIDTH == 8
+  const __m256 a = (__m256)v[0], b = (__m256)v[1], c = (__m256)v[2], d = (__m256)v[3];
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  all = _mm256_add_ps(_mm256_shuffle_ps(all, all, 0x88), _mm256_shuffle_ps(all, all, 0xdd));
+  const __m256 order = _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_ps(to, _mm256_castps256_ps128(order));
+#else
+  for (int i = 0; i < 4; i++) to[i] = total(v[i]);
+#endif
+}
+
 template <int R, int C>
 void tile(const float* const* x, const float* w, int64_t stride, int K, float* const* y, int n) {
   Vector sums[R][C] = {};
@@ -38,7 +62,10 @@ void tile(const float* const* x, const float* w, int64_t stride, int K, float* c
     }
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) y[r][n + c] = total(sums[r][c]);
+    if constexpr (C == 4)
+      totals(sums[r], y[r] + n);
+    else
+      for (int c = 0; c < C; c++) y[r][n + c] = total(sums[r][c]);
 }
 
 template <int R>
@@ -142,40 +169,127 @@ void spread(const void* const* g, int rows, const void* from, int N, int K, floa
 }
 
 float largest(const float* scores, int count) {
-  float found = scores[0];
-  for (int i = 1; i < count; i++) found = scores[i] > found ? scores[i] : found;
+  Vector most = load(scores);
+  for (int i = WIDTH; i < count; i += WIDTH) {
+    const Vector next = load(scores + i);
+    most = next > most ? next : most;
+  }
+  float found = most[0];
+  for (int i = 1; i < WIDTH; i++) found = most[i] > found ? most[i] : found;
   return found;
 }
 
-// exp(x) for x <= 0 to 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf); 0 below -87.
-void exponentials_of(const float* x, float largest, int count, float* to) {
-  for (int i = 0; i < count; i++) {
-    const float wanted = x[i] - largest, value = wanted > -87.0f ? wanted : -87.0f;
-    const int n = int(value * 1.44269504f - 0.5f);
-    const float r = (value - float(n) * 0.693359375f) + float(n) * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const int bits = (n + 127) << 23;
-    float scale;
-    __builtin_memcpy(&scale, &bits, 4);
-    to[i] = wanted > -87.0f ? p * scale : 0.0f;
-  }
+// exp(x) for x <= 0 to 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf); 0 below -87. Written in
+// vectors: compilers leave the loop of scalars as it is.
+inline Vector exponential(Vector x) {
+  const Vector least = Vector{} - 87.0f, value = x > least ? x : least;
+  const Integers n = __builtin_convertvector(value * 1.44269504f - 0.5f, Integers);
+  const Vector whole = __builtin_convertvector(n, Vector);
+  const Vector r = (value - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vector p = Vector{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vector power = (Vector)((n + 127) << 23);
+  return x > least ? p * power : Vector{};
 }
 
 float exponentials(const float* scores, int count, float largest, void* out) {
   float* to = static_cast<float*>(out);
-  exponentials_of(scores, largest, count, to);
   Vector sum = {};
-  for (int i = 0; i < count; i += WIDTH) sum += load(to + i);
+  for (int i = 0; i < count; i += WIDTH) {
+    const Vector value = exponential(load(scores + i) - largest);
+    store(to + i, value);
+    sum += value;
+  }
   return total(sum);
+}
+
+template <int R, int V>
+void product_tile(const float* g, int64_t g_row, int64_t g_step, const float* w, int64_t w_row, int N, float* y,
+                  int64_t y_row, bool add) {
+  Vector sums[R][V] = {};
+  if (add)
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) sums[r][v] = load(y + r * y_row + v * WIDTH);
+  for (int n = 0; n < N; n++, g += g_step, w += w_row) {
+    Vector b[V];
+    for (int v = 0; v < V; v++) b[v] = load(w + v * WIDTH);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) sums[r][v] += b[v] * g[r * g_row];
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(y + r * y_row + v * WIDTH, sums[r][v]);
+}
+
+template <int R>
+void product_rows(const float* g, int64_t g_row, int64_t g_step, const float* w, int64_t w_row, int N, int K, float* y,
+                  int64_t y_row, bool add) {
+  constexpr int kVectors = WIDTH == 16 ? 4 : 2;
+  int k = 0;
+  for (; k + kVectors * WIDTH <= K; k += kVectors * WIDTH)
+    product_tile<R, kVectors>(g, g_row, g_step, w + k, w_row, N, y + k, y_row, add);
+  for (; k + 2 * WIDTH <= K; k += 2 * WIDTH)
+    product_tile<R, 2>(g, g_row, g_step, w + k, w_row, N, y + k, y_row, add);
+  if (k < K) product_tile<R, 1>(g, g_row, g_step, w + k, w_row, N, y + k, y_row, add);
+}
+
+void product(const float* g, int64_t g_row, int64_t g_step, int rows, const float* w, int64_t w_row, int N, int K,
+             float* y, int64_t y_row, bool add) {
+  for (; rows >= kRows; rows -= kRows, g += kRows * g_row, y += kRows * y_row)
+    product_rows<kRows>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+  switch (rows) {
+    case 5: return product_rows<kRows == 6 ? 5 : 1>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+    case 4: return product_rows<kRows == 6 ? 4 : 1>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+    case 3: return product_rows<kRows == 6 ? 3 : 1>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+    case 2: return product_rows<2>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+    case 1: return product_rows<1>(g, g_row, g_step, w, w_row, N, K, y, y_row, add);
+  }
+}
+
+void transpose(const float* w, int64_t w_row, int N, int K, float* out, int64_t out_row) {
+  int n = 0;
+#if defined(__SSE__)
+  for (; n + 4 <= N; n += 4)
+    for (int k = 0; k < K; k += 4) {
+      const float* from = w + n * w_row + k;
+      float* to = out + k * out_row + n;
+      __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + w_row), c = _mm_loadu_ps(from + 2 * w_row),
+             d = _mm_loadu_ps(from + 3 * w_row);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      _mm_storeu_ps(to, a);
+      _mm_storeu_ps(to + out_row, b);
+      _mm_storeu_ps(to + 2 * out_row, c);
+      _mm_storeu_ps(to + 3 * out_row, d);
+    }
+#endif
+  for (; n < N; n++)
+    for (int k = 0; k < K; k++) out[k * out_row + n] = w[n * w_row + k];
+}
+
+void mask(float* scores, const int32_t* positions, const int32_t* segments, int count, int32_t after, int32_t last,
+          int32_t segment) {
+  const float none = -__builtin_inff();
+  if (segments)
+    for (int i = 0; i < count; i++) {
+      const bool seen = (positions[i] > after) & (positions[i] <= last) & (segments[i] == segment);
+      scores[i] = seen ? scores[i] : none;
+    }
+  else
+    for (int i = 0; i < count; i++) {
+      const bool seen = (positions[i] > after) & (positions[i] <= last);
+      scores[i] = seen ? scores[i] : none;
+    }
+}
+
+void through_softmax(const float* weights, float mean, int count, float* d) {
+  for (int i = 0; i < count; i++) d[i] = weights[i] * (d[i] - mean);
 }
 
 }  // namespace
 
-extern "C" const Arithmetic NAME = {4,      32,    0,      tiles,   nullptr,
-                                    unpack, panel, spread, largest, exponentials};
+extern "C" const Arithmetic NAME = {4,       32,           0,       tiles,     nullptr, unpack,         panel, spread,
+                                    largest, exponentials, product, transpose, mask,    through_softmax};

@@ -31,6 +31,8 @@ UNITS: list[tuple[str, list[str]]] = [
     ("threads.cc", []),
     ("products.cc", []),
     ("attention.cc", []),
+    ("attention_gradient.cc", []),
+    ("low_rank.cc", []),
     ("rows.cc", []),
     ("float32.cc", ["-DNAME=gptoss_float32_base", "-DWIDTH=4"]),
 ]
@@ -39,7 +41,15 @@ X86_UNITS = [
     ("float32.cc", ["-DNAME=gptoss_float32_avx512", "-DWIDTH=16", *AVX512]),
     ("bfloat16_avx512.cc", BFLOAT16),
 ]
-TARGETS = ("gptoss_product", "gptoss_attention", "gptoss_rows", "gptoss_store")
+TARGETS = (
+    "gptoss_product",
+    "gptoss_attention",
+    "gptoss_attention_gradient",
+    "gptoss_low_rank",
+    "gptoss_low_rank_gradient",
+    "gptoss_rows",
+    "gptoss_store",
+)
 
 
 class CannotBuild(Exception):
