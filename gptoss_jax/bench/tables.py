@@ -173,6 +173,45 @@ def show_growth(found: dict[str, Any]) -> None:
     console.print(table)
 
 
+def show_suite(found: dict[str, Any]) -> None:
+    """Prints what `suite.run` found, with `suite`."""
+    console = _console()
+    reports = [row["report"] for row in found["rows"] if "report" in row]
+    machines = [one for one in reports if "device" in one]
+    console.print(f"suite {found['suite']}, random weights, {found['seconds']:.0f} s", markup=False)
+    if machines:
+        console.print(_machine(machines[0]), markup=False, style="dim")
+    table = _table("", "model", "figure", "goal", "prefill", "decode, tokens/s", "GB", "s to load")
+    rest = []
+    for row in found["rows"]:
+        if "missing" in row:
+            rest.append(f"{row['model']}, {row['name']}: {row['missing']}")
+            continue
+        one = row["report"]
+        memory = (one.get("memory") or {}).get("device")
+        measured = (
+            *(_rate(one[key]) if key in one else "" for key in ("prefill_tok_s", "decode_tok_s")),
+            f"{memory / GB:.1f}" if memory else "",
+            f"{one['load_s']:.1f}" if "load_s" in one else "",
+        )
+        goals = [
+            (
+                "not known" if goal["value"] is None else _rate(goal["value"]),
+                f"{key} {goal['sign']} {_rate(goal['goal'])}: {_MET[goal['met']]}",
+            )
+            for key, goal in row["goals"].items()
+        ] or [("", "")]
+        table.add_row(row["name"], row["model"], *goals[0], *measured)
+        for more in goals[1:]:
+            table.add_row("", "", *more, *[""] * 4)
+    console.print(table)
+    for text in rest:
+        console.print(text, style="yellow", markup=False)
+
+
+_MET = {True: "met", False: "not met", None: "not known"}
+
+
 def _spread(one: dict[str, Any], figure: str) -> str:
     found = [line[figure] for line in one["rounds"]]
     return f"{_rate(one[figure])} ({_rate(min(found))} to {_rate(max(found))})"

@@ -113,15 +113,15 @@ def random_params(
 ) -> dict[str, Any]:
     """A parameter tree as `checkpoint.load_params` gives it, of random values.
 
-    Made leaf by leaf and in place: beside the model it needs next to nothing, or where devices have
-    memory of their own one leaf.
+    Made leaf by leaf and in place: beside the model it needs next to nothing. Accelerators draw
+    their own, other values than a CPU would.
 
     Args:
       config: Sizes.
       packed: Experts in MXFP4, as released; else as all the rest.
       dtype: bfloat16 or float32, of everything that is not packed.
       shardings: As `load_params` takes them.
-      seed: Same seed, same parameters, on any mesh.
+      seed: Same seed, same parameters, on any mesh of the same kind of devices.
 
     Raises:
       GptOssError: The type is another one.
@@ -131,6 +131,11 @@ def random_params(
         raise GptOssError(f"dtype {dtype.name!r}: parameters are held in 'bfloat16' or 'float32'")
     arrays = {}
     for number, leaf in enumerate(hf_names.leaves(config, "mxfp4" if packed else "bfloat16")):
+        if jax.default_backend() != "cpu":
+            where = None if shardings is None else shardings(leaf.path, leaf.letters)
+            kind = np.dtype(np.uint8) if leaf.packed else dtype
+            arrays[leaf.path] = draw(leaf.shape, kind, leaf.path[-1], seed + 1000 * number, where)
+            continue
         values = aligned(leaf.shape, np.dtype(np.uint8) if leaf.packed else dtype)
         fill(values, leaf.path[-1], np.random.SFC64([seed, number]))
         if shardings is None:
@@ -142,6 +147,39 @@ def random_params(
             )
         arrays[leaf.path] = array.block_until_ready()
     return checkpoint.tree(arrays)
+
+
+def draw(shape: tuple[int, ...], dtype: Any, name: Any, seed: int, where: Any = None) -> jax.Array:
+    """An array as `fill` makes it, drawn on the devices: no copy, no temporaries.
+
+    Args:
+      shape: Fewer than 2^32 values.
+      dtype: uint8, bfloat16 or float32.
+      name: As `fill` takes it.
+      seed: Same seed, same values.
+      where: Sharding or layout; None for the default device.
+    """
+    program = jax.jit(_drawn, static_argnums=(0, 1, 2), out_shardings=where)
+    return program(shape, np.dtype(dtype), name, jnp.uint32(seed)).block_until_ready()
+
+
+def _drawn(shape, dtype, name, seed):
+    if name == "norm":
+        return jnp.ones(shape, dtype)
+    number, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        number = number + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride *= shape[axis]
+    # A mixing function of 32 bits (the finaliser of MurmurHash3).
+    bits = number * jnp.uint32(0x9E3779B1) + seed * jnp.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = bits ^ (bits >> 16)
+    if dtype not in PATTERNS:
+        return ((bits & 3) + 118 if name == "scales" else bits).astype(jnp.uint8)
+    word, kept, exponent = PATTERNS[dtype]
+    words = (bits.astype(word) & word(kept)) | word(exponent)
+    return jax.lax.bitcast_convert_type(words, dtype)
 
 
 def fill(values: np.ndarray, name: Any, generator: np.random.SFC64) -> None:

@@ -65,6 +65,10 @@ class Arguments:
     """With --plot: rows."""
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """With --plot: tokens of a prompt."""
+    suite: Literal["h200"] | None = None
+    """All that is to be known of a kind of device, each figure in a process of its own beside its
+    goal, in under 10 minutes; with --layers only so many layers, to try it out.
+    """
     profile: Path | None = None
     """Write a trace of one prefill and of the decode steps to this folder, for xprof."""
     json: bool = False
@@ -79,6 +83,7 @@ def run(arguments: Arguments) -> int:
         "--tune": arguments.tune,
         "--plot": arguments.plot is not None,
         "--profile": arguments.profile is not None,
+        "--suite": arguments.suite is not None,
     }
     asked = [name for name, wanted in modes.items() if wanted]
     if len(asked) > 1:
@@ -95,6 +100,7 @@ def run(arguments: Arguments) -> int:
         "--tune": _tune,
         "--plot": _plot,
         "--profile": _profile,
+        "--suite": _suite,
     }.get(asked[0] if asked else "", _measure)
     report = {"system": "gptoss_jax", "model": arguments.model.model or TINY, **call(arguments)}
     report |= {"random_weights": arguments.random_weights or bool(arguments.compare)}
@@ -238,6 +244,16 @@ def _plot(arguments: Arguments) -> dict[str, Any]:
     growth.plot(found, arguments.plot, title)
     tables.show_growth(found)
     print(f"drawn: {arguments.plot}")
+    return found
+
+
+def _suite(arguments: Arguments) -> dict[str, Any]:
+    from gptoss_jax.bench import suite, tables
+
+    assert arguments.suite is not None
+    found = suite.run(suite.SUITES[arguments.suite], layers=arguments.layers, say=note)
+    found |= {"suite": arguments.suite}
+    tables.show_suite(found)
     return found
 
 

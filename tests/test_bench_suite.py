@@ -1,0 +1,115 @@
+"""Suites: rows run one after another, a goal is judged by its figure, and nothing that fails is a
+figure; what accelerators draw and compare by themselves.
+"""
+
+import json
+import subprocess
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import gptoss_jax as gj
+from gptoss_jax.bench import agreement, suite, weights
+from gptoss_jax.cli import main
+
+ROWS = (
+    suite.Row("fast", "gpt-oss-20b", {"batch": 1}, {"decode_tok_s": (">=", 100.0)}),
+    suite.Row("small", "gpt-oss-120b", {"batch": 8}, {"memory.device": ("<=", 5.0)}),
+    suite.Row("other", "gpt-oss-20b", {}, module="nowhere", needs=("no_such_module",)),
+    suite.Row("silent", "gpt-oss-20b", {"batch": 2}, {"share.decode": (">=", 1.0)}),
+)
+
+
+def test_rows_run_in_order_and_are_judged(monkeypatch):
+    monkeypatch.setitem(suite.MISSING, "no_such_module", "pip install it")
+    reports = iter([{"decode_tok_s": 99.0}, {"memory": {"device": 5}}, {"share": None}])
+    ran = []
+
+    def child(command, seconds):
+        ran.append((command[command.index("--model") + 1], command[-2:]))
+        assert 0 < seconds <= 50
+        return next(reports)
+
+    found = suite.run(ROWS, layers=2, seconds=50, child=child)["rows"]
+    assert [model for model, _ in ran] == ["gpt-oss-20b", "gpt-oss-120b", "gpt-oss-20b"]
+    assert {tuple(end) for _, end in ran} == {("--layers", "2")}
+    judged = [row.get("goals", row.get("missing")) for row in found]
+    assert judged[0] == {"decode_tok_s": {"value": 99.0, "goal": 100.0, "sign": ">=", "met": False}}
+    assert judged[1]["memory.device"]["met"] is True
+    assert judged[2] == "not installed: pip install it"
+    assert judged[3]["share.decode"] == {"value": None, "goal": 1.0, "sign": ">=", "met": None}
+
+
+def test_what_fails_or_finds_no_time_is_named(monkeypatch):
+    clock = iter([0.0, 0.0, 30.0, 45.0, 45.0])
+    monkeypatch.setattr(suite, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def child(command, seconds):
+        if seconds == 50:
+            raise subprocess.SubprocessError("out of memory")
+        return {"decode_tok_s": 100.0}
+
+    rows = (ROWS[0], ROWS[0], ROWS[0])
+    found = suite.run(rows, seconds=50, child=child)["rows"]
+    assert [row.get("missing") for row in found] == [
+        "failed: out of memory",
+        None,
+        "not measured: 50 s were over",
+    ]
+    assert found[1]["goals"]["decode_tok_s"]["met"]
+
+
+def test_every_row_of_the_suites_is_a_command_that_bench_takes(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(suite, "_child", lambda command, seconds: ran.append(command) or {})
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+    assert main.main(["bench", "--suite", "h200", "--layers", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(ran) == len(found["rows"]) == len(suite.SUITES["h200"])
+    for command in ran:
+        if command[2] == "gptoss_jax.cli.main":
+            with pytest.raises(SystemExit) as ended:
+                main.main([*command[3:], "--help"])
+            assert ended.value.code == 0
+        else:
+            assert suite.importlib.import_module(command[2]).main
+
+
+def test_a_child_that_fails_says_why_and_one_that_lasts_is_ended():
+    with pytest.raises(subprocess.SubprocessError, match="no such"):
+        suite._child(["sh", "-c", "echo no such >&2; exit 1"], 20)
+    with pytest.raises(subprocess.SubprocessError, match="time was over"):
+        suite._child(["sleep", "20"], 0.1)
+    assert suite._child(["sh", "-c", 'echo one; echo "{}"'], 20) == {}
+
+
+def test_devices_draw_what_a_processor_fills():
+    plain = np.asarray(weights.draw((60, 70), jnp.bfloat16, "q", 1), np.float32)
+    assert (np.abs(plain) >= 2**-7).all()
+    assert (np.abs(plain) < 2**-5).all()
+    assert abs((plain < 0).mean() - 0.5) < 0.05
+    assert len(np.unique(plain)) > 500
+    assert (np.asarray(weights.draw((60, 70), jnp.bfloat16, "q", 2)) != plain).mean() > 0.9
+    blocks = np.asarray(weights.draw((4, 50, 3, 16), jnp.uint8, "blocks", 1))
+    assert len(np.unique(blocks)) == 256
+    assert set(np.unique(weights.draw((4, 50, 3), jnp.uint8, "scales", 1))) == {118, 119, 120, 121}
+    assert (np.asarray(weights.draw((7,), jnp.float32, "norm", 1)) == 1).all()
+
+
+def test_kernels_and_definition_are_compared_beside_float32(monkeypatch):
+    config = tiny.SMALL
+    params = weights.random_params(config)
+    model = gj.Model(config, params, tiny.tokenizer(), config.max_context)
+    found = agreement.agreement(model, ((2, 1), (1, 30)))
+    assert 0 < found["plain"] < 0.5
+    assert found["error_ratio"] < 2
+    right = agreement._logits
+
+    def wrong(params, tokens, config, backend=None):
+        return right(params, tokens, config, backend) * (1 if backend else -1)
+
+    monkeypatch.setattr(agreement, "_logits", wrong)
+    assert agreement.agreement(model, ((2, 1),))["error_ratio"] > 2
