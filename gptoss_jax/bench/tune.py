@@ -3,10 +3,11 @@ the others held, on the shapes of a decode step and of a prefill.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,63 +17,140 @@ import numpy as np
 from gptoss_jax.bench import machine
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.kernels import cpu, tuning
+from gptoss_jax.kernels import cpu, gpu, tuning
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import BLOCK, BYTES, MxTensor
 
-CANDIDATES = {
+CPU_CANDIDATES = {
     "columns": (16, 32, 64, 128),
     "direct_columns": (32, 64, 128),
     "direct_rows": (1, 2, 4),
     "cache": (256 << 10, 512 << 10, 1 << 20),
 }
-ROWS = (1, 8, 64, 512)
+GPU_CANDIDATES = {
+    "outputs": (32, 64, 128),
+    "depth": (32, 64, 128),
+    "warps": (2, 4, 8),
+    "stages": (2, 3, 4, 6),
+    "many_outputs": (64, 128),
+    "many_depth": (32, 64),
+    "many_warps": (4, 8),
+    "many_stages": (2, 3, 4),
+    "most_rows": (64, 128, 256),
+    "many": (32, 64, 128),
+}
+ROWS = {"cpu": (1, 8, 64, 512), "gpu": (1, 8, 64, 512, 4096)}
+Call = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What can be tuned on a kind of device.
+
+    Attributes:
+      platform: "cpu" or "gpu".
+      start: The values before the search.
+      candidates: Field -> values to try.
+      calls: Values -> one call for each number of rows; what runs it needs no more preparation.
+    """
+
+    platform: str
+    start: Any
+    candidates: Mapping[str, Sequence[int]]
+    calls: Callable[[Any], list[Call]]
 
 
 def tune(
-    config: GptOssConfig, repeats: int = 5, rows: Sequence[int] = ROWS, say: Callable = print
+    config: GptOssConfig,
+    repeats: int = 5,
+    rows: Sequence[int] | None = None,
+    say: Callable = print,
 ) -> dict[str, Any]:
     """Times the candidates of every value and keeps the best in the cache folder.
 
     A value is taken if the geometric mean of the times over all shapes falls by more than 2 %;
-    candidates take turns, so that a slow moment meets all of them.
+    candidates take turns, so that a slow moment meets all of them. One that this device cannot
+    run (too much shared memory) is passed over.
 
     Args:
       config: Sizes of an expert.
       repeats: Times each candidate runs, of which the median counts.
-      rows: Rows at once.
+      rows: Rows at once; by default those of ROWS.
       say: Told what was chosen.
 
     Returns:
       The values, the file, and milliseconds before and after for each number of rows.
 
     Raises:
-      GptOssError: The device is not a CPU, or its kernels cannot be built.
+      GptOssError: This device has no kernels that can be tuned.
     """
-    if jax.default_backend() != "cpu" or cpu.why_not():
-        why = cpu.why_not() or f"the device is a {jax.default_backend()}"
-        raise GptOssError(f"only the CPU's kernels have values to tune, and {why}")
-    calls = _calls(config, rows)
-    chosen, first = library.Tuning(), None
-    try:
-        for name, candidates in CANDIDATES.items():
-            options = [dataclasses.replace(chosen, **{name: value}) for value in candidates]
-            times = _times(options, calls, repeats)
-            first = first or times[options.index(chosen)]
-            best = min(options, key=lambda option: _mean(times[options.index(option)]))
-            if _mean(times[options.index(best)]) < 0.98 * _mean(times[options.index(chosen)]):
-                chosen = best
-            say(f"{name}: {getattr(chosen, name)}")
-        before, after = _times([library.Tuning(), chosen], calls, repeats)
-    finally:
+    platform = jax.default_backend()
+    made = {"cpu": _cpu, "gpu": _gpu}
+    why = {"cpu": cpu.why_not, "gpu": gpu.why_not}.get(platform, lambda: f"this is a {platform}")()
+    if platform not in made or why:
+        raise GptOssError(f"only the kernels of CPUs and GPUs have values to tune, and {why}")
+    rows = rows or ROWS[platform]
+    kernels = made[platform](config, rows)
+    chosen, before, after = search(kernels, repeats, say)
+    if platform == "cpu":
         library.tune(chosen)
     found = {"ms before": _ms(rows, before), "ms after": _ms(rows, after)}
     facts = {**machine.describe(), **found}
-    file = tuning.save("cpu", chosen, facts)
+    file = tuning.save(platform, chosen, facts)
     return {"tuned": dataclasses.asdict(chosen), "file": str(file), **found}
 
 
-def _calls(config: GptOssConfig, rows: Sequence[int]) -> list[Callable[[], Any]]:
+def search(
+    kernels: Kernels, repeats: int, say: Callable = print
+) -> tuple[Any, list[float], list[float]]:
+    """The best values, and the seconds of every call before and after."""
+    chosen = kernels.start
+    for name, candidates in kernels.candidates.items():
+        values = dict.fromkeys((getattr(chosen, name), *candidates))
+        options = [dataclasses.replace(chosen, **{name: value}) for value in values]
+        held, *others = times = _times(kernels, options, repeats)
+        best = min(range(len(options)), key=lambda i: _mean(times[i]))
+        if others and _mean(times[best]) < 0.98 * _mean(held):
+            chosen = options[best]
+        say(f"{name}: {getattr(chosen, name)}")
+    before, after = _times(kernels, [kernels.start, chosen], repeats)
+    return chosen, before, after
+
+
+def _cpu(config: GptOssConfig, rows: Sequence[int]) -> Kernels:
+    product = jax.jit(cpu.grouped_product)
+    given = _operands(config, rows)
+
+    def call(values: library.Tuning, operands) -> Call:
+        def run():
+            library.tune(values)
+            return product(*operands)
+
+        return run
+
+    return Kernels(
+        "cpu",
+        library.Tuning(),
+        CPU_CANDIDATES,
+        lambda values: [call(values, operands) for operands in given],
+    )
+
+
+def _gpu(config: GptOssConfig, rows: Sequence[int], interpret: bool = False) -> Kernels:
+    from gptoss_jax.kernels.gpu import blocks, moe
+
+    given = _operands(config, rows)
+
+    def calls(values: blocks.Tuning) -> list[Call]:
+        call = functools.partial(moe.grouped_product, chosen=values, interpret=interpret)
+        product = jax.jit(call)
+        return [functools.partial(product, *operands) for operands in given]
+
+    start = blocks.model(jax.devices()[0].device_kind)
+    return Kernels("gpu", start, GPU_CANDIDATES, calls)
+
+
+def _operands(config: GptOssConfig, rows: Sequence[int]) -> list[tuple[Any, ...]]:
     """Gate and up of a layer's experts for each number of rows, each row with experts of its own
     choice.
     """
@@ -81,33 +159,45 @@ def _calls(config: GptOssConfig, rows: Sequence[int]) -> list[Callable[[], Any]]
     blocks = random.integers(0, 256, (E, O, I // BLOCK, BYTES), np.uint8)
     scales = np.full((E, O, I // BLOCK), 118, np.uint8)
     weight = MxTensor(jnp.asarray(blocks), jnp.asarray(scales))
-    product = jax.jit(cpu.grouped_product)
 
-    def call(count: int) -> Callable[[], Any]:
+    def some(count: int) -> tuple[Any, ...]:
         x_MI = jnp.asarray(random.standard_normal((count, I), np.float32)).astype(jnp.bfloat16)
         choices = [random.permutation(E)[: config.experts_per_token] for _ in range(count)]
-        experts_MX = jnp.asarray(np.stack(choices).astype(np.int32))
-        return lambda: product(x_MI, experts_MX, weight)
+        return x_MI, jnp.asarray(np.stack(choices).astype(np.int32)), weight
 
-    return [call(count) for count in rows]
+    return [some(count) for count in rows]
 
 
-def _times(options: Sequence[library.Tuning], calls, repeats: int) -> list[list[float]]:
-    """Median seconds of every call with every option."""
-    found = [[[] for _ in calls] for _ in options]
-    for repeat in range(repeats + 1):
-        for option, row in zip(options, found, strict=True):
-            library.tune(option)
-            for call, seconds in zip(calls, row, strict=True):
+def _times(kernels: Kernels, options: Sequence[Any], repeats: int) -> list[list[float]]:
+    """Median seconds of every call with every option; infinite where one cannot run."""
+    calls = [kernels.calls(option) for option in options]
+    found = [[_first(call) for call in row] for row in calls]
+    seconds = [[[] for _ in row] for row in calls]
+    for _ in range(repeats):
+        for row, able, kept in zip(calls, found, seconds, strict=True):
+            if math.inf in able:
+                continue
+            for call, own in zip(row, kept, strict=True):
                 started = time.perf_counter()
                 jax.block_until_ready(call())
-                if repeat:
-                    seconds.append(time.perf_counter() - started)
-    return [[statistics.median(seconds) for seconds in row] for row in found]
+                own.append(time.perf_counter() - started)
+    return [
+        [math.inf] * len(row) if math.inf in able else [statistics.median(own) for own in row]
+        for row, able in zip(seconds, found, strict=True)
+    ]
+
+
+def _first(call: Call) -> float:
+    """0 once a call has been compiled and run, infinite if it cannot be."""
+    try:
+        jax.block_until_ready(call())
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
+        return math.inf
+    return 0.0
 
 
 def _mean(times: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, times)))
+    return math.inf if math.inf in times else math.exp(statistics.fmean(map(math.log, times)))
 
 
 def _ms(rows: Sequence[int], times: Sequence[float]) -> dict[str, float]:
