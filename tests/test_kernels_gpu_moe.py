@@ -4,6 +4,11 @@ definitions, and compiled for GPUs that are not there (slow).
 
 import functools
 import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +22,7 @@ from hypothesis import strategies as st
 from gptoss_jax import mxfp4, sharding
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.gpu import blocks, moe, triton
-from gptoss_jax.kernels.gpu.unpack import unpack
+from gptoss_jax.kernels.gpu.unpack import HIGH, LOW, unpack
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.linear import LowRank, Rounded
@@ -108,7 +113,7 @@ def test_unpacking_is_exact_for_every_code_and_scale():
     packed = np.tile(np.arange(256, dtype=np.uint8)[None, :], (256, 1))
     scales = np.tile(np.arange(255, dtype=np.uint8)[:, None], (1, 16))
     scales = np.concatenate([scales, scales[:1]])
-    low, high = jit(lambda b, s: unpack(b, s, jnp.bfloat16))(packed, scales)
+    low, high = jit(lambda b, s: unpack(b, s, jnp.bfloat16, assembly=False))(packed, scales)
     got = np.stack([low, high], axis=-1).astype(np.float32).reshape(256, 512)
     exact = mxfp4.unpack(packed.reshape(256, 16, 16), scales)
     normal = scales[:, 0] >= 2
@@ -118,13 +123,73 @@ def test_unpacking_is_exact_for_every_code_and_scale():
     assert np.isfinite(got[~normal]).all()
 
 
+def run_ptx(text, codes, scales):
+    """The few instructions of unpack.ASSEMBLY, as the PTX manual defines them; a subnormal operand
+    of an arithmetic one is an error.
+    """
+    held = {"$1": codes, "$2": scales}
+
+    def value(name):
+        return np.uint32(int(name, 0)) if name[0].isdigit() else held[name]
+
+    def halves(name):
+        word = np.broadcast_to(value(name), codes.shape)
+        out = np.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)]).view(np.float32)
+        assert not ((out != 0) & (np.abs(out) < 2.0**-126)).any(), name
+        return out.astype(np.float64)
+
+    def packed(values):
+        bits = values.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
+        return bits[0] | bits[1] << np.uint32(16)
+
+    for line in re.findall(r"^ +([a-z].*);$", text, re.MULTILINE):
+        name, *rest = re.split(r"[ ,]+", line)
+        if name == "mov.b32":
+            held[rest[0]] = value(rest[1])
+        elif name == "shl.b32":
+            held[rest[0]] = value(rest[1]) << value(rest[2])
+        elif name == "and.b32":
+            held[rest[0]] = value(rest[1]) & value(rest[2])
+        elif name == "mad.lo.u32":
+            held[rest[0]] = value(rest[1]) * value(rest[2]) + value(rest[3])
+        elif name == "lop3.b32":
+            assert rest[4] == "0xEA"  # (a & b) | c, the table of 0xF0, 0xCC, 0xAA
+            held[rest[0]] = (value(rest[1]) & value(rest[2])) | value(rest[3])
+        elif name == "min.bf16x2":
+            held[rest[0]] = packed(np.minimum(*map(halves, rest[1:])))
+        else:
+            assert name == "fma.rn.bf16x2"
+            a, b, c = map(halves, rest[1:])
+            held[rest[0]] = packed(a * b + c)
+    return held["$0"]
+
+
+def test_the_assembly_is_exact_for_every_code_and_scale():
+    """Two bytes and scales a register; rounding a float64 is right where it is exact, as here."""
+    assert 0xEA == (0xF0 & 0xCC) | 0xAA
+    first = np.arange(256, dtype=np.uint32)[:, None]
+    scales = np.arange(255, dtype=np.uint32)[None]
+    codes, both = first | ((255 - first) << np.uint32(16)), (scales << 7) | (scales << 23)
+    codes, both = np.broadcast_arrays(codes, both.astype(np.uint32))
+    for text, shift in ((LOW, 0), (HIGH, 4)):
+        with np.errstate(over="ignore"):
+            got = run_ptx(text, codes, both)
+            for half in range(2):
+                bits = ((got >> np.uint32(16 * half)) << np.uint32(16)).view(np.float32)
+                code = (codes >> np.uint32(16 * half + shift)) & np.uint32(15)
+                exact = np.ldexp(mxfp4.E2M1[code], scales.astype(np.int32) - 127)
+                normal = np.broadcast_to(scales >= 2, exact.shape)
+                np.testing.assert_array_equal(bits[normal], exact.astype(np.float32)[normal])
+                assert np.abs(bits[~normal]).max() < 2.0**-122
+
+
 # ---- who is with whom
 
 
 @functools.partial(jit, static_argnames=("E", "chosen"))
 def visited(experts_MX, E, chosen):
     """Of every program: its expert, its blocks' count, and the pairs of each block."""
-    tile, pairs = moe._arranged(experts_MX, E, chosen)
+    tile, pairs = moe._arranged(experts_MX, E, jnp.bfloat16, chosen)
     most = experts_MX.size // tile.rows + 1
 
     def kernel(*refs):
@@ -377,10 +442,87 @@ def test_experts_spread_over_a_mesh(interpreted, monkeypatch):
 
 def test_blocks_follow_the_rows_and_the_card():
     chosen = blocks.Tuning()
-    assert [blocks.tile(M * 4, 32, chosen).rows for M in (1, 64, 256, 512, 8192)] == [
-        16, 16, 32, 64, 128,
-    ]  # fmt: skip
+    found = [blocks.tile(M * 4, 32, chosen).rows for M in (1, 64, 128, 256, 1024, 8192)]
+    assert found == [16, 16, 32, 64, 256, 256]
     assert blocks.tile(8192 * 4, 32, chosen).outputs == chosen.many_outputs
+    assert blocks.tile(8192 * 4, 32, chosen, exact=True).rows == 16
     assert blocks.model("NVIDIA H200") == chosen
     for card in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
-        assert blocks.model(card).stages < chosen.stages
+        assert blocks.model(card).most_rows < chosen.most_rows
+
+
+# ---- compiled for GPUs that are not there
+
+
+def cuda_plugin() -> bool:
+    return bool(importlib.util.find_spec("jax_plugins")) and bool(
+        importlib.util.find_spec("jax_plugins.xla_cuda13")
+    )
+
+
+def assembled(ptx: Path, folder: Path) -> str:
+    """What ptxas says of a kernel; empty where there is no ptxas that knows this PTX."""
+    roots = [Path(p) for p in importlib.import_module("jax_plugins").__path__]
+    beside = [p.parent / "nvidia" / "cu13" / "bin" / "ptxas" for p in roots]
+    found = [str(p) for p in beside if p.exists()] or [shutil.which("ptxas")]
+    target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+    if found[0] is None or target is None:
+        return ""
+    said = subprocess.run(
+        [found[0], "-v", f"-arch={target[1]}", str(ptx), "-o", str(folder / "cubin")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return said.stderr if said.returncode == 0 else ""
+
+
+@pytest.mark.skipif(not cuda_plugin(), reason="needs jax's plugin: pip install 'jax[cuda13]'")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
+@pytest.mark.parametrize("card", ["h200:1", "a100:1", "l4:1"])
+@pytest.mark.parametrize(("E", "M"), [(32, 1), (128, 64), (32, 2048)])
+@pytest.mark.parametrize("which", ["mlp", "transposed"])
+def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(card, E, M, which, tmp_path):
+    from gptoss_jax.plan import hardware, programs
+
+    device, D = programs.devices(hardware.parse(card))[0], 2880
+    where = jax.sharding.SingleDeviceSharding(device)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def packed(*outputs) -> Any:
+        grid: Any = (E, *outputs, D // 32)
+        parts: Any = array((*grid, 16), jnp.uint8), array(grid, jnp.uint8)
+        return MxTensor(*parts)
+
+    call: Any = functools.partial(moe.mlp, alpha=ALPHA, limit=LIMIT)
+    arguments: Any = (
+        array((M, D), jnp.bfloat16), array((M, X), jnp.float32), array((M, X), jnp.int32),
+        packed(D, 2), array((E, D, 2), jnp.bfloat16), packed(D), array((E, D), jnp.bfloat16),
+    )  # fmt: skip
+    if which == "transposed":
+        call = moe.grouped_product_transposed
+        arguments = array((M, X, D), jnp.bfloat16), array((M, X), jnp.int32), packed(D)
+    with programs.in_place_of(device), backends.compiling_for("gpu"):
+        lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
+    # with the log of passes comes each kernel's PTX
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_emitter_re": ".*"}
+    program: Any = lowered.compile(compiler_options=dump | {"xla_gpu_dump_llvmir": True})
+    pairs = M * X
+    # hidden activations and results of pairs, and what sorts them
+    least = pairs * D * (2 + 4 if which == "mlp" else 0)
+    assert program.memory_analysis().temp_size_in_bytes < 1.05 * least + pairs * 6000
+    text = program.as_text()
+    assert text.count('"__gpu$xla.gpu.triton"') == (2 if which == "mlp" else 1)
+    if pairs <= blocks.Tuning().together:  # and one that adds up, or leaves nobody's out
+        entry = text[text.index("\nENTRY") :]
+        assert len(re.findall(r" (?:fusion|copy|sort|scatter|transpose)\(", entry)) == 1
+    for file in sorted(tmp_path.glob("*.ptx")):
+        kernel = re.search(r"\.entry (experts_\w+)", file.read_text())
+        if kernel is None:
+            continue
+        said = assembled(file, tmp_path)
+        spilt = re.search(r"(\d+) bytes spill stores", said)
+        used = re.search(r"Used (\d+) registers", said)
+        print(card, E, M, kernel[1], used and used[0], spilt and spilt[0])
+        assert spilt is None or int(spilt[1]) <= 64

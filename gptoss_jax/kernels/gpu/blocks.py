@@ -38,7 +38,7 @@ class Tuning:
     many_depth: int = 32
     many_warps: int = 8
     many_stages: int = 3
-    most_rows: int = 128
+    most_rows: int = 256
     together: int = 1024
 
 
@@ -59,7 +59,7 @@ SMALL_SHARED_MEMORY = ("L4", "RTX", "A10G", "NVIDIA A10", "L40")  # 100 KB a mul
 def model(kind: str) -> Tuning:
     """Block sizes for a card nobody measured, by JAX's name of it."""
     if "A100" in kind or "A30" in kind:  # 164 KB of shared memory, no products of 64 rows at once
-        return Tuning(stages=3, many_outputs=64, many_warps=4)
+        return Tuning(stages=3, many_outputs=64, many_warps=4, most_rows=128)
     if any(name in kind for name in SMALL_SHARED_MEMORY):
         return Tuning(stages=3, most_rows=64, many_outputs=64, many_warps=4, many_stages=2)
     return Tuning()
@@ -77,20 +77,30 @@ def at_hand() -> Tuning:
     return tuning.find("gpu", model(tuning.kind("gpu")))
 
 
-def tile(pairs: int, experts: int, chosen: Tuning) -> Tile:
+def tile(pairs: int, experts: int, chosen: Tuning, exact: bool = False) -> Tile:
     """The crossover between single rows, groups of rows and a prefill, by shape alone.
 
-    A block has as many rows as an expert gets on average, 16 at least (what tensor cores take) and
-    `most_rows` at most. The model of it, for an H200: one row is padded to 16, not multiplied and
-    added up, since the card must unpack 9.0e12 values a second to keep up with its memory and
-    issues 3.0e13 instructions, 3.3 a value: unpacking takes 2 to 4, ordinary arithmetic 2 more, a
-    tensor core next to none up to about 200 rows (206 operations a byte of bfloat16). Unpacking to
-    memory first would write and read 2 + 2 bytes a value, 0.7 ms a layer of 20b, where 8,192 rows
-    take 1.7 ms at a tensor core's full rate: from registers a block of 128 rows unpacks a value for
-    256 operations, which takes a multiprocessor less time than those.
+    A block has twice as many rows as an expert gets on average, so that few experts need two: 16 at
+    least (what tensor cores take), `most_rows` at most. The model of it, for an H200:
+
+    One row is padded to 16, not multiplied and added up. The card must unpack 9.0e12 values a
+    second to keep up with its memory and issues 3.0e13 instructions, 3.3 a value; the whole loop
+    compiles to 6.5 a value (3.5 to unpack), which is half the memory's rate. Ordinary arithmetic
+    would be 2 more; a tensor core is next to nothing up to about 200 rows (206 operations a byte).
+
+    A prefill unpacks from registers too. Unpacking to memory first would write and read 2 + 2 bytes
+    a value, 0.7 ms a layer of 20b, where 8,192 rows take 1.7 ms at a tensor core's full rate. With
+    256 rows a block, a step issues 306 * 8 warps / 4 = 612 cycles of instructions beside 1,024 of
+    tensor cores; with 128 rows 532 beside 512.
+
+    Args:
+      pairs: (row, choice) pairs.
+      experts: Over which they are spread.
+      chosen: Of the card.
+      exact: float32 operands, which ordinary arithmetic multiplies: no more than 16 rows at once.
     """
     average = -(-pairs // experts)
-    rows = min(chosen.most_rows, max(16, 1 << (average - 1).bit_length()))
+    rows = min(16 if exact else chosen.most_rows, max(16, 1 << (2 * average - 1).bit_length()))
     if rows >= chosen.many:
         return Tile(rows, chosen.many_outputs, chosen.many_depth, chosen.many_warps,
                     chosen.many_stages)  # fmt: skip

@@ -12,6 +12,7 @@ Programs of one row of gpt-oss, 4 experts: gate and up 4 * 5760 / 64 = 360, down
 180, on 132 multiprocessors.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def mlp(
       products (ops/moe.py is the definition).
     """
     X, (E, F, P, D) = experts_MX.shape[1], gate_up_EFPD.shape
-    tile, pairs = _arranged(experts_MX, E, chosen)
+    tile, pairs = _arranged(experts_MX, E, x_MD.dtype, chosen)
     gate_up = functools.partial(_swiglu, alpha=alpha, limit=limit)
     act_RF = _product(
         gate_up, pairs, tile, x_MD, as_rows(gate_up_EFPD), gate_up_bias_EFP.reshape(E, F * P),
@@ -99,7 +100,7 @@ def grouped_product(
 ) -> Float[Array, "M X O"]:
     """x times the rows of each chosen expert, float32; zeros where the expert is nobody's."""
     X, (E, O, _) = experts_MX.shape[1], weight_EOI.shape
-    tile, pairs = _arranged(experts_MX, E, chosen)
+    tile, pairs = _arranged(experts_MX, E, x_MI.dtype, chosen)
     out_RO = _product(
         _plain, pairs, tile, x_MI, weight_EOI,
         each=X, result=(O, jnp.float32), name="experts_product", interpret=interpret,
@@ -119,10 +120,11 @@ def grouped_product_transposed(
     `grouped_product` with respect to x, one for each choice.
     """
     E, O, I = weight_EOI.shape
-    tile, pairs = _arranged(experts_MX, E, chosen)
+    tile, pairs = _arranged(experts_MX, E, g_MXO.dtype, chosen)
+    tile = dataclasses.replace(tile, outputs=min(64, tile.outputs))  # here the summed axis
     R = experts_MX.size
     out_RI = triton.call(
-        functools.partial(_transposed, sizes=pairs.sizes, tile=tile),
+        functools.partial(_transposed, sizes=pairs.sizes, tile=tile, assembly=not interpret),
         *pairs.arrays, g_MXO.reshape(R, O), *_bytes(weight_EOI),
         grid=(_cdiv(I // 2, tile.depth), pairs.programs),
         result=((R, I), jnp.float32),
@@ -157,10 +159,10 @@ def _cdiv(a: int, b: int) -> int:
 # ---- who is with whom
 
 
-def _arranged(experts_MX, E: int, chosen: blocks.Tuning | None) -> tuple[Tile, Pairs]:
+def _arranged(experts_MX, E: int, dtype, chosen: blocks.Tuning | None) -> tuple[Tile, Pairs]:
     chosen = chosen or blocks.at_hand()
     R = experts_MX.size
-    tile = blocks.tile(R, E, chosen)
+    tile = blocks.tile(R, E, chosen, exact=dtype == jnp.float32)
     experts_R = experts_MX.reshape(-1)
     if R <= chosen.together:
         return tile, Pairs((experts_R,), min(E, R), (1, R, E))
@@ -226,7 +228,13 @@ def _product(finish, pairs, tile, x, weight, *others, each, result, name, interp
     """finish(x weight^T) of every pair; `each` pairs share a row of x."""
     O = weight.shape[1]
     kernel = functools.partial(
-        _forward, finish=finish, sizes=pairs.sizes, tile=tile, each=each, width=result[0]
+        _forward,
+        finish=finish,
+        sizes=pairs.sizes,
+        tile=tile,
+        each=each,
+        width=result[0],
+        assembly=not interpret,
     )
     return triton.call(
         kernel, *pairs.arrays, x, *_bytes(weight), *others,
@@ -236,15 +244,16 @@ def _product(finish, pairs, tile, x, weight, *others, each, result, name, interp
     )  # fmt: skip
 
 
-def _forward(*refs, finish, sizes, tile, each, width):
+def _forward(*refs, finish, sizes, tile, each, width, assembly):
     x, packed, scales, *others, out = refs[sizes[0] :]
     expert, count, pairs_of = _visit(refs[: sizes[0]], sizes, tile.rows)
+    held = _Held(packed, scales, expert, tile, assembly)
     n, R = program_id(0), sizes[1]
 
     def block(i, _):
         own = pairs_of(i)
         rows = own if each == 1 else jax.lax.div(own, jnp.int32(each))
-        sums_NM = _multiply(x, rows, packed, scales, expert, n, tile)
+        sums_NM = _multiply(x, rows, held, n * tile.outputs)
         values = finish(sums_NM, expert, n, own, R, *others)  # [pairs, outputs]
         columns = n * values.shape[1] + jnp.arange(values.shape[1], dtype=jnp.int32)
         mask = (own < R)[:, None] & (columns < width)[None, :]
@@ -254,42 +263,54 @@ def _forward(*refs, finish, sizes, tile, each, width):
     jax.lax.fori_loop(0, count, block, 0)
 
 
-def _multiply(x, rows, packed, scales, expert, n, tile):
-    """Some outputs of an expert times rows of x: float32 [outputs, rows]."""
-    depth, (_, O, B) = tile.depth, packed.shape
-    outputs = n * tile.outputs + jnp.arange(tile.outputs, dtype=jnp.int32)
-    some = (outputs < O)[:, None]
+class _Held(NamedTuple):
+    """One expert's packed weight as a kernel reads it: references, and how."""
 
-    def step(k, sums):
-        low, high = _tile(packed, scales, expert, n * tile.outputs, k * depth, tile, x.dtype, some)
+    packed: Any
+    scales: Any
+    expert: Any
+    tile: Tile
+    assembly: bool
+
+    def codes(self, first, at):
+        """uint8 [outputs, depth] of outputs from `first` and bytes from `at` on; 0 beyond them."""
+        return self._load(self.packed, first, at, self.tile.depth)
+
+    def exponents(self, first, at):
+        """uint8 [outputs, depth / 16]: their scales. Too narrow to be copied asynchronously: a loop
+        asks for them one step ahead.
+        """
+        return self._load(self.scales, first, at // BYTES, self.tile.depth // BYTES)
+
+    def _load(self, ref, first, at, width):
+        outputs = first + jnp.arange(self.tile.outputs, dtype=jnp.int32)
+        columns = at + jnp.arange(width, dtype=jnp.int32)
+        mask = (outputs < ref.shape[1])[:, None] & (columns < ref.shape[2])[None, :]
+        return load(
+            ref.at[self.expert, ds(first, self.tile.outputs), ds(at, width)],
+            mask=mask,
+            other=jnp.uint8(0),
+        )
+
+
+def _multiply(x, rows, held, first):
+    """Outputs of an expert from `first` on times rows of x: float32 [outputs, rows]."""
+    depth, inputs = held.tile.depth, 2 * held.packed.shape[2]
+    some = (rows < x.shape[0])[:, None]
+
+    def step(k, carried):
+        sums, exponents = carried
+        low, high = unpack(held.codes(first, k * depth), exponents, x.dtype, held.assembly)
         columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
-        mask = (rows < x.shape[0])[:, None] & (columns < 2 * B)[None, :]
+        mask = some & (columns < inputs)[None, :]
         part = load(x.at[rows[:, None], columns[None, :]], mask=mask, other=0.0)
-        even, odd = jnp.unstack(part.reshape(tile.rows, depth, 2), axis=-1)
-        return sums + triton.dot(low, even) + triton.dot(high, odd)
+        even, odd = jnp.unstack(part.reshape(len(rows), depth, 2), axis=-1)
+        sums = sums + triton.dot(low, even) + triton.dot(high, odd)
+        return sums, held.exponents(first, (k + 1) * depth)
 
-    sums = jnp.zeros((tile.outputs, tile.rows), jnp.float32)
-    return jax.lax.fori_loop(0, _cdiv(B, depth), step, sums)
-
-
-def _tile(packed, scales, expert, first, at, tile, dtype, some):
-    """Values of outputs from `first` on, bytes from `at` on; zeros beyond them."""
-    depth, B = tile.depth, packed.shape[2]
-    units = depth // BYTES
-    columns = at + jnp.arange(depth, dtype=jnp.int32)
-    of_scales = at // BYTES + jnp.arange(units, dtype=jnp.int32)
-    outputs = ds(first, tile.outputs)
-    values = load(
-        packed.at[expert, outputs, ds(at, depth)],
-        mask=some & (columns < B)[None, :],
-        other=jnp.uint8(0),
-    )
-    exponents = load(
-        scales.at[expert, outputs, ds(at // BYTES, units)],
-        mask=some & (of_scales < B // BYTES)[None, :],
-        other=jnp.uint8(0),
-    )
-    return unpack(values, exponents, dtype)
+    sums = jnp.zeros((held.tile.outputs, len(rows)), jnp.float32)
+    steps = _cdiv(inputs, 2 * depth)
+    return jax.lax.fori_loop(0, steps, step, (sums, held.exponents(first, 0)))[0]
 
 
 def _plain(sums_NM, expert, n, own, R):
@@ -316,29 +337,33 @@ def _weighted(sums_NM, expert, n, own, R, bias, weights):
     return _biased(sums_NM, expert, n, bias).T * share[:, None]
 
 
-def _transposed(*refs, sizes, tile):
+def _transposed(*refs, sizes, tile, assembly):
     """Pairs' gradients times some columns of an expert."""
     *who, g, packed, scales, out = refs
     expert, count, pairs_of = _visit(who, sizes, tile.rows)
+    held = _Held(packed, scales, expert, tile, assembly)
     k, (_, O, B), R = program_id(0), packed.shape, sizes[1]
     depth, size = tile.depth, tile.outputs
 
     def block(i, _):
         own = pairs_of(i)
+        some = (own < R)[:, None]
 
-        def step(n, sums):
+        def step(n, carried):
+            low, high, exponents = carried
+            parts = unpack(held.codes(n * size, k * depth), exponents, g.dtype, assembly)
             outputs = n * size + jnp.arange(size, dtype=jnp.int32)
-            some = outputs < O
-            parts = _tile(packed, scales, expert, n * size, k * depth, tile, g.dtype, some[:, None])
-            mask = (own < R)[:, None] & some[None, :]
+            mask = some & (outputs < O)[None, :]
             part = load(g.at[own[:, None], outputs[None, :]], mask=mask, other=0.0)
-            return tuple(s + triton.dot(part, w.T) for s, w in zip(sums, parts, strict=True))
+            low, high = low + triton.dot(part, parts[0].T), high + triton.dot(part, parts[1].T)
+            return low, high, held.exponents((n + 1) * size, k * depth)
 
         zeros = jnp.zeros((tile.rows, depth), jnp.float32)
-        low, high = jax.lax.fori_loop(0, _cdiv(O, size), step, (zeros, zeros))
+        first = zeros, zeros, held.exponents(0, k * depth)
+        low, high, _ = jax.lax.fori_loop(0, _cdiv(O, size), step, first)
         both = jnp.stack([low, high], axis=-1).reshape(tile.rows, 2 * depth)
         columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
-        mask = (own < R)[:, None] & (columns < 2 * B)[None, :]
+        mask = some & (columns < 2 * B)[None, :]
         store(out.at[own[:, None], columns[None, :]], both, mask=mask)
         return 0
 

@@ -50,3 +50,15 @@ def dot(a_NK: jax.Array, b_MK: jax.Array) -> jax.Array:
     return jax.lax.dot_general(
         a_NK, b_MK, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
     )
+
+
+def assembly(text: str, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """bfloat16 of PTX for two 16-bit elements of each operand at once."""
+    (out,) = triton.elementwise_inline_asm(
+        text,
+        args=(codes, scales),
+        constraints="=r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)],
+    )
+    return out

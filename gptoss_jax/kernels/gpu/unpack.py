@@ -8,10 +8,31 @@ and below that 2 f - 1 is: min(f, 2 f - 1) is 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 import jax
 import jax.numpy as jnp
 
+from gptoss_jax.kernels.gpu import triton
+
 BYTES = 16  # of a block
+# Two codes in the halves of a register at once, 3.5 instructions a value: the compiler makes 10 of
+# the same arithmetic written for single values. $1: bytes as 16-bit integers, $2: their scales.
+ASSEMBLY = """{{
+  .reg .b32 f, g, s, two, one, zero;
+  mov.b32 two, 0x40004000;
+  mov.b32 one, 0xBF80BF80;
+  mov.b32 zero, 0x80008000;
+  and.b32 f, $1, {mask};
+  mad.lo.u32 f, f, {factor}, 0x3F003F00;
+  fma.rn.bf16x2 g, f, two, one;
+  min.bf16x2 f, f, g;
+  shl.b32 s, $1, {sign};
+  lop3.b32 f, s, 0x80008000, f, 0xEA;
+  fma.rn.bf16x2 $0, f, $2, zero;
+}}"""
+LOW = ASSEMBLY.format(mask="0x00070007", factor=64, sign=12)
+HIGH = ASSEMBLY.format(mask="0x00700070", factor=4, sign=8)
 
 
-def unpack(bytes_NB: jax.Array, scales_NU: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def unpack(
+    bytes_NB: jax.Array, scales_NU: jax.Array, dtype, assembly: bool
+) -> tuple[jax.Array, jax.Array]:
     """Values of the low and of the high nibbles, [N, B] each of `dtype`.
 
     Args:
@@ -19,12 +40,16 @@ def unpack(bytes_NB: jax.Array, scales_NU: jax.Array, dtype) -> tuple[jax.Array,
       scales_NU: uint8 [N, B / 16]. 2^(scale - 127) is made from its bits: 0, which would be
         subnormal, gives zeros.
       dtype: bfloat16 or float32.
+      assembly: By a GPU's own instructions.
     """
     N, B = bytes_NB.shape
     scale = jax.lax.bitcast_convert_type(scales_NU.astype(jnp.int16) << 7, jnp.bfloat16)
     scale = jnp.broadcast_to(scale[:, :, None], (N, B // BYTES, BYTES)).reshape(N, B)
     codes = bytes_NB.astype(jnp.int16)
-    low, high = (_value(c) * scale for c in (codes, codes >> 4))
+    if assembly:
+        low, high = (triton.assembly(text, codes, scale) for text in (LOW, HIGH))
+    else:
+        low, high = (_value(c) * scale for c in (codes, codes >> 4))
     return low.astype(dtype), high.astype(dtype)
 
 
