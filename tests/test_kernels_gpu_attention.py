@@ -72,8 +72,8 @@ def full(lengths, S) -> Any:
 
 
 @functools.partial(jit, static_argnames="window")
-def attend(*parts, segments=None, window=None):
-    return kernel.attention(*parts, segments, window, interpret=True)
+def attend(*parts: Any, segments=None, window=None):
+    return kernel.attention(*parts, segments=segments, window=window, interpret=True)
 
 
 def check(parts, q_positions, k_positions, window=None, segments=None):
@@ -220,10 +220,10 @@ def test_bfloat16_is_as_exact_as_the_reference(S):
 
 
 @functools.partial(jit, static_argnames="window")
-def pull(parts, positions, segments, weigh, window=None):
-    found = kernel.forward(*parts, *positions, segments, window=window, interpret=True)
+def pull(parts: Any, positions: Any, segments: Any, weigh: Any, window=None) -> Any:
+    out, norm = kernel.forward(*parts, *positions, segments=segments, window=window, interpret=True)
     return attention_gradient.backward(
-        *parts, *positions, segments, *found, weigh, window=window, interpret=True
+        *(*parts, *positions, segments, out, norm, weigh), window=window, interpret=True
     )
 
 
@@ -272,7 +272,6 @@ def interpreted(monkeypatch):
     for room, name in (
         (kernel, "attention"), (kernel, "forward"), (attention_gradient, "backward"),
     ):  # fmt: skip
-
         monkeypatch.setattr(room, name, functools.partial(_noted, used, getattr(room, name)))
     return used
 
@@ -294,7 +293,11 @@ def test_the_operation_takes_the_kernel_where_it_is_forced(mesh, interpreted, mo
 
     with backends.use("xla"):
         want = jit(run)(*parts)
-    context = jax.set_mesh(sharding.make_mesh(mesh, devices=jax.devices()[:6])) if mesh else backends.use()
+    context = (
+        jax.set_mesh(sharding.make_mesh(mesh, devices=jax.devices()[:6]))
+        if mesh
+        else backends.use()
+    )
     with context, backends.use(attention="gpu"):
         got = jit(lambda *parts: run(*parts))(*parts)
         plain = jit(lambda *parts: loss(*parts)[1])(*parts)
@@ -315,3 +318,73 @@ def test_what_the_kernel_does_not_take_is_said():
         parts = drawn(1, 3, 3, dtype=jnp.float8_e4m3fn)
         with pytest.raises(GptOssError, match="not float8_e4m3fn"):
             ops_attention.attention(*parts, positions, positions)
+
+
+# ---- compiled for GPUs that are not there
+
+cuda = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda13_plugin"),
+    reason="needs jax's CUDA plugin: pip install -e '.[cuda]'",
+)
+NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+
+
+def compiled(topology, function, *shapes, given=()) -> Any:
+    """Compiled for one GPU; fails where ptxas spills registers."""
+    from jax.sharding import SingleDeviceSharding
+
+    from gptoss_jax.plan import hardware, programs
+
+    device = programs.devices(hardware.parse(topology))[0]
+    where = SingleDeviceSharding(device)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
+    with programs.in_place_of(device):
+        lowered = jax.jit(function, donate_argnums=given).trace(*arrays)
+        return lowered.lower(lowering_platforms=("cuda",)).compile(compiler_options=NO_SPILLS)
+
+
+def shapes_of(B, T, S, dtype=jnp.bfloat16):
+    N, K, H = 64, 8, 64
+    cache = ((B, S, K, H), dtype)
+    numbers = ((B, T), jnp.int32), ((B, S), jnp.int32)
+    return ((B, T, N, H), dtype), cache, cache, ((N,), dtype), *numbers
+
+
+slow_on_gpus = [
+    cuda,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+slow_on_gpus = functools.reduce(lambda f, g: lambda x: f(g(x)), slow_on_gpus)
+GPUS = ("h200:1", "a100:1", "l4:1")
+
+
+@slow_on_gpus
+@pytest.mark.parametrize("topology", GPUS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("B", "T", "S", "window"),
+    [(1, 1, 128, 128), (1, 1, 131_072, None), (64, 1, 8192, None), (1, 512, 8192, None),
+     (2, 512, 640, 128)],
+)  # fmt: skip
+def test_attention_of_gpt_oss_compiles_without_spills(topology, dtype, B, T, S, window):
+    found = compiled(
+        topology,
+        lambda *parts: kernel.attention(*parts, window=window),
+        *shapes_of(B, T, S, dtype),
+    )
+    # the partial sums of 256 programs, and nothing as long as the cache but one number a block
+    assert found.memory_analysis().temp_size_in_bytes < 2 << 20
+
+
+@slow_on_gpus
+@pytest.mark.parametrize("topology", GPUS)
+@pytest.mark.parametrize("window", [None, 128])
+def test_gradient_compiles_without_spills(topology, window):
+    def gradient(*parts):
+        segments = parts[4:6]
+        found = kernel.forward(*parts, segments=segments, window=window)
+        return attention_gradient.backward(*parts, segments, *found, found[0], window=window)
+
+    found = compiled(topology, gradient, *shapes_of(1, 2048, 2048))
+    assert found.memory_analysis().temp_size_in_bytes < 64 << 20

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_kernels_gpu_attention import GPUS, compiled, shapes_of, slow_on_gpus
 
 from gptoss_jax import cache as kv
 from gptoss_jax import ops
@@ -37,16 +38,27 @@ def ints(x) -> Any:
 
 
 @functools.partial(jit, static_argnames=("window", "kernel"))
-def step(parts, slots, sinks, positions, known, window, kernel):
-    q, k, v, rotation, stored = parts
+def step(parts: Any, slots, sinks, positions, known, window, kernel):
+    q, k, v, (cos, sin), (keys, values) = parts
     if kernel:
         out, *new = decode.attend_one(
-            q, k, v, *rotation, *stored, slots, sinks, positions, known, window, interpret=True
+            q, k, v, cos, sin, keys, values, slots, sinks, positions, known, window, interpret=True
         )
         return out, *new
     with backends.use("xla"):
         out, new = ops.attend_one(
-            q, k, v, rotation, stored, slots, sinks, positions, known, window, None, kv.append
+            q,
+            k,
+            v,
+            (cos, sin),
+            (keys, values),
+            slots,
+            sinks,
+            positions,
+            known,
+            window,
+            None,
+            kv.append,
         )
     return out, *new
 
@@ -184,8 +196,9 @@ def test_what_is_joined_has_the_gradient_of_its_parts(interpreted):
     x, scale = drawn(1, 3, 8), drawn(8, seed=1)
     weights, biases = [drawn(5, 2, 8, seed=2)], [drawn(5, 2, seed=3)]
 
-    def total(*arrays):
-        (y,) = ops.norm_linears(*arrays[:2], 1e-5, ["BTD,NHD->BTNH"], [arrays[2]], [arrays[3]])
+    def total(*arrays: Any):
+        x, scale, weight, bias = arrays
+        (y,) = ops.norm_linears(x, scale, 1e-5, ["BTD,NHD->BTNH"], [weight], [bias])
         return (y**2).sum()
 
     found = []
@@ -196,3 +209,43 @@ def test_what_is_joined_has_the_gradient_of_its_parts(interpreted):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4), *found
     )
+
+
+# ---- compiled for GPUs that are not there
+
+
+@slow_on_gpus
+@pytest.mark.parametrize("topology", GPUS)
+@pytest.mark.parametrize(
+    ("B", "S", "window"), [(1, 128, 128), (1, 131_072, None), (64, 8192, None)]
+)
+def test_one_token_compiles_without_spills_and_the_cache_is_not_copied(topology, B, S, window):
+    (q, cache, _, sinks, at, known), (K, H) = shapes_of(B, 1, S), (8, 64)
+    row, angle = ((B, 1, K, H), jnp.bfloat16), ((B, 1, H // 2), jnp.float32)
+    found = compiled(
+        topology,
+        lambda *parts: decode.attend_one(*parts, window=window),
+        q, row, row, angle, angle, cache, cache, ((B,), jnp.int32), sinks, at, known,
+        given=(5, 6),
+    )  # fmt: skip
+    memory = found.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 << 20
+    assert memory.alias_size_in_bytes == 2 * B * S * K * H * 2
+
+
+@slow_on_gpus
+@pytest.mark.parametrize("topology", GPUS)
+@pytest.mark.parametrize("M", [1, 8, 64])
+def test_products_of_gpt_oss_compile_without_spills(topology, M):
+    D, outputs = 2880, (4096, 512, 512)
+
+    def layer(x, scale, bias, router, *weights):
+        biases = [jnp.zeros(len(w), x.dtype) for w in weights]
+        parts = dense.products(x, weights, biases, norm_D=scale, eps=1e-5)
+        logits, norm = dense.products(
+            x, [router], [bias], norm_D=scale, eps=1e-5, dtype=jnp.float32, keep=True
+        )
+        return parts, norm, dense.choose(logits, 4)
+
+    shapes = (M, D), (D,), (128,), (128, D), *((n, D) for n in outputs)
+    compiled(topology, layer, *((shape, jnp.bfloat16) for shape in shapes))

@@ -5,6 +5,7 @@ is those three.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -50,17 +51,17 @@ def attend_one(
     parts = q_B1NH, k_B1KH, v_B1KH, cos, sin, *stored, slots_B, sinks_N
     parts = *parts, q_positions_B1, k_positions_BS
 
-    def reference(q, k, v, cos, sin, keys, values, slots, sinks, *positions):
+    def reference(q, k, v, cos, sin, keys, values, slots, sinks, *positions: Any):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         keys, values = store(keys, k, slots), store(values, v, slots)
-        out = attention(q, keys, values, sinks, *positions, window, extent_B=extent_B)
+        out = attention(q, keys, values, sinks, *positions, window=window, extent_B=extent_B)
         return out, keys, values
 
     def on_gpu(*parts):
         from gptoss_jax.kernels.gpu import decode  # Pallas takes 0.2 s to import
 
-        def call(*parts):
-            return decode.attend_one(*parts, window)
+        def call(*parts: Any):
+            return decode.attend_one(*parts, window=window)
 
         if sharding.current() is None:
             return call(*parts)

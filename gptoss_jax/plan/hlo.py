@@ -180,7 +180,12 @@ def _of_fusion(lines: list[str], operands: list[str], result: str) -> int:
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LAYER = re.compile(r"layer(\d+)/(.*)")
-_NO_KERNEL = (*_NOTHING, "copy-start", "add-dependency", "optimization-barrier")
+_NO_KERNEL = (
+    *(kind for kind in _NOTHING if kind not in ("while", "conditional")),
+    "copy-start",
+    "add-dependency",
+    "optimization-barrier",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,3 +239,18 @@ def kernels(text: str, loop: str = " fusion(") -> list[Kernel]:
             )
         )
     return found
+
+
+def scopes(found: list[Kernel]) -> dict[str, int]:
+    """Where kernels come from -> how many: "layer/qkv/products", of all layers together; of a
+    Pallas kernel its name, of what XLA made its kind.
+    """
+    counted: dict[str, int] = {}
+    for one in found:
+        path = one.scope.split("/")
+        made = path[-1] != "pallas_call"
+        inside = [part for part in path[:-1] if "(" not in part and part not in ("while", "body")]
+        name = "/".join([*(["layer"] if one.layer is not None else []), *inside])
+        name = f"{name}: {one.kind}".lstrip(": ") if made else name
+        counted[name] = counted.get(name, 0) + 1
+    return counted

@@ -32,7 +32,7 @@ from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 from gptoss_jax.plan.hardware import Topology
-from gptoss_jax.plan.hlo import collectives, moved
+from gptoss_jax.plan.hlo import collectives, kernels, moved, scopes
 from gptoss_jax.sampling import Sampling, to_arrays
 
 KERNEL = "tpu_custom_call"
@@ -53,6 +53,8 @@ class Program:
       seconds: It took to compile.
       moved: Operation -> bytes of device memory that a decode step moves, parts of arrays counted
         as parts (`hlo.moved`); None where it is not counted (GPUs, experts as released, prefill).
+      started: On a GPU, the scope of the source ("layer" for all layers) -> kernels that a decode
+        step starts for it (`hlo.kernels`).
     """
 
     arguments: int
@@ -64,6 +66,7 @@ class Program:
     collectives: dict[str, dict[str, int]] | None
     seconds: float
     moved: dict[str, float] | None = None
+    started: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +312,7 @@ class Steps:
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if not tpu:
             text = compiled.as_text()
+        started = None if tpu or shares is None else scopes(kernels(text))
         return Program(
             arguments=memory.argument_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
@@ -321,6 +325,7 @@ class Steps:
             moved=moved(text, KERNEL, shares)
             if tpu and text and shares and self.form != "released"
             else None,
+            started=started,
         )
 
 

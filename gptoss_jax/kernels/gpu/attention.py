@@ -200,10 +200,13 @@ def seen(q_positions_BT, k_positions_BS, segments, window, blocks: Blocks):
 
 
 def extent(seen_BCs):
-    """First block of the last axis that is seen, and the one after the last: int32 [B, C]."""
-    block = jnp.arange(seen_BCs.shape[2], dtype=jnp.int32)[None, None]
-    end = jnp.where(seen_BCs, block + 1, 0).max(2)
-    return jnp.minimum(jnp.where(seen_BCs, block, FAR).min(2), end), end
+    """First block of the last axis that is seen, and the one after the last: int32 [B, C]; the
+    first lies behind the last where none is seen.
+    """
+    count = seen_BCs.shape[2]
+    block = jnp.arange(count, dtype=jnp.int32)[None, None]
+    first = jnp.where(seen_BCs, block, count).min(2)
+    return first, jnp.where(seen_BCs, block + 1, 0).max(2)
 
 
 def _of_slots(S, H):

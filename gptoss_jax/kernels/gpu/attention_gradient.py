@@ -130,7 +130,7 @@ def _attention_of_queries(first, end, q, d_out, norm, mean, keys, values, q_posi
     block = pl.program_id(0)
     own = _Queries(block, blocks, q, d_out, norm, mean, q_positions, segments)
     S, scale = keys.shape[0], own.size**-0.5
-    segment = own.segment[:, None] if packed else None
+    segment = own.segment[:, None] if own.segment is not None else None
 
     def step(i, sums):
         slot, held = slots_of(first[block] + i, blocks, S)
@@ -163,7 +163,7 @@ def _attention_of_keys(first, end, q, d_out, norm, mean, keys, values, q_positio
     def step(i, carry):
         sums_k, sums_v = carry
         own = _Queries(first[block] + i, blocks, q, d_out, norm, mean, q_positions, segments)
-        there = own.segment[None] if packed else None
+        there = own.segment[None] if own.segment is not None else None
         shown = visible(own.position[None], position, window, there, segment)
         weights = _weights(dot(key, own.q, transposed=True) * scale, shown, own.norm[None])
         d_weights = dot(value, own.d_out, transposed=True)

@@ -78,12 +78,12 @@ def attend_one(
     of_row = pl.BlockSpec((None, None, None, H), lambda i, h, b: (b, 0, h, 0))
     inputs = (
         q, k_B1KH.astype(dtype), v_B1KH.astype(dtype), cos_B1h[:, 0], sin_B1h[:, 0], keys_BSKH,
-        values_BSKH, jnp.minimum(slots_B, S - 1)[:, None], sinks, q_positions_B1, k_positions_BS,
+        values_BSKH, slots_B[:, None], sinks, q_positions_B1, k_positions_BS,
         *bounds,
     )  # fmt: skip
     results, specs = results_of(blocks, (B, 1, K, G, H), q.dtype)
     results += [(keys_BSKH.shape, dtype)] * 2
-    *found, keys, values = pl.pallas_call(
+    made = pl.pallas_call(
         functools.partial(_attend_one, blocks=blocks, window=window),
         grid=(blocks.splits, K, B),
         in_specs=[
@@ -108,14 +108,16 @@ def attend_one(
         interpret=interpret,
         name="attention_step",
     )(*inputs)
+    found, keys, values = made[:-2], *made[-2:]
     if blocks.splits > 1:
-        return combined(*found, sinks, q.dtype, blocks, interpret), keys, values
+        sums, largest, total = found
+        return combined(sums, largest, total, sinks, q.dtype, blocks, interpret), keys, values
     return found[0].reshape(B, 1, N, H), keys, values
 
 
 def _attend_one(q, k, v, cos, sin, keys, values, slot, sinks, q_position, k_positions, first, end,
-                *out, blocks, window):  # fmt: skip
-    *out, new_keys, new_values = out
+                *results, blocks, window):  # fmt: skip
+    *out, new_keys, new_values = results
     _, G, H = q.shape
     half = H // 2
     _, split = place(blocks)
@@ -141,7 +143,7 @@ def _attend_one(q, k, v, cos, sin, keys, values, slot, sinks, q_position, k_posi
         for x, at in ((k, column), (k, partner), (v, column))
     )
     query, key = rotated(own, other), rotated(key, aside_key)
-    at = slot[0]
+    at = jnp.minimum(slot[0], keys.shape[0] - 1)
 
     @pl.when(split == 0)
     def _():
