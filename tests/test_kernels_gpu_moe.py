@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,27 @@ def test_experts_spread_over_a_mesh(interpreted, monkeypatch):
     assert "mlp" in interpreted
 
 
+@pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
+@pytest.mark.parametrize("M", [3, 900])
+def test_kernels_and_gradient_lower_for_cuda(M):
+    """Where no GPU and no plugin is, in any JAX: interpretation takes more than the lowering does."""
+    from gptoss_jax.plan import programs
+
+    card: Any = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    E, D, F = 6, 2880, 96
+    held, (shares, ids) = weights(E, D, F), routed(M, E)
+
+    def total(x, shares):
+        out = ops_moe.expert_mlp(x, shares, ids, *held, alpha=ALPHA, limit=LIMIT)
+        return out.astype(jnp.float32).sum()
+
+    for call, count in ((total, 2), (jax.grad(total, (0, 1)), 4)):
+        with programs.in_place_of(card), backends.compiling_for("gpu"):
+            traced = jax.jit(call).trace(rows(M, D, jnp.bfloat16), shares)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@__gpu$xla.gpu.triton") == count
+
+
 # ---- block sizes
 
 
@@ -516,7 +538,8 @@ def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(card, E, M, which, 
     assert text.count('"__gpu$xla.gpu.triton"') == (2 if which == "mlp" else 1)
     if pairs <= blocks.Tuning().together:  # and one that adds up, or leaves nobody's out
         entry = text[text.index("\nENTRY") :]
-        assert len(re.findall(r" (?:fusion|copy|sort|scatter|transpose)\(", entry)) == 1
+        others = re.findall(r" (?:fusion|copy|sort|scatter|transpose)\(", entry)
+        assert len(others) == 1 or (len(others) == 2 and card == "l4:1")  # the mask by itself
     for file in sorted(tmp_path.glob("*.ptx")):
         kernel = re.search(r"\.entry (experts_\w+)", file.read_text())
         if kernel is None:

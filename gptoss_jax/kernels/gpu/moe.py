@@ -258,9 +258,8 @@ def _forward(*refs, finish, sizes, tile, each, width, assembly):
         columns = n * values.shape[1] + jnp.arange(values.shape[1], dtype=jnp.int32)
         mask = (own < R)[:, None] & (columns < width)[None, :]
         store(out.at[own[:, None], columns[None, :]], values.astype(out.dtype), mask=mask)
-        return 0
 
-    jax.lax.fori_loop(0, count, block, 0)
+    jax.lax.fori_loop(0, count, block, None)
 
 
 class _Held(NamedTuple):
@@ -287,7 +286,7 @@ class _Held(NamedTuple):
         columns = at + jnp.arange(width, dtype=jnp.int32)
         mask = (outputs < ref.shape[1])[:, None] & (columns < ref.shape[2])[None, :]
         return load(
-            ref.at[self.expert, ds(first, self.tile.outputs), ds(at, width)],
+            ref.at[self.expert, outputs[:, None], columns[None, :]],
             mask=mask,
             other=jnp.uint8(0),
         )
@@ -319,8 +318,7 @@ def _plain(sums_NM, expert, n, own, R):
 
 def _biased(sums_NM, expert, n, bias):
     outputs = n * sums_NM.shape[0] + jnp.arange(sums_NM.shape[0], dtype=jnp.int32)
-    added = load(bias.at[expert, ds(n * sums_NM.shape[0], sums_NM.shape[0])],
-                 mask=outputs < bias.shape[1], other=0.0)  # fmt: skip
+    added = load(bias.at[expert, outputs], mask=outputs < bias.shape[1], other=0.0)
     return sums_NM + added.astype(jnp.float32)[:, None]
 
 
@@ -365,6 +363,5 @@ def _transposed(*refs, sizes, tile, assembly):
         columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
         mask = some & (columns < 2 * B)[None, :]
         store(out.at[own[:, None], columns[None, :]], both, mask=mask)
-        return 0
 
-    jax.lax.fori_loop(0, count, block, 0)
+    jax.lax.fori_loop(0, count, block, None)
