@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,16 @@ def full(lengths, S) -> Any:
     return ints(np.where(slots < np.asarray(lengths)[:, None], slots, -1))
 
 
-@functools.partial(jit, static_argnames="window")
-def attend(*parts: Any, segments=None, window=None):
-    return kernel.attention(*parts, segments=segments, window=window, interpret=True)
+@functools.partial(jit, static_argnames=("window", "rows"))
+def attend(*parts: Any, segments=None, window=None, rows=kernel.ROWS):
+    """In float32 too by the blocks of bfloat16, if `rows` is not another number."""
+    with mock.patch.object(kernel, "FLOAT32_ROWS", rows):
+        return kernel.attention(*parts, segments=segments, window=window, interpret=True)
 
 
-def check(parts, q_positions, k_positions, window=None, segments=None):
-    got = attend(*parts, q_positions, k_positions, window=window, segments=segments)
+def check(parts, q_positions, k_positions, window=None, segments=None, rows=kernel.ROWS):
+    options: Any = {"window": window, "segments": segments}
+    got = attend(*parts, q_positions, k_positions, rows=rows, **options)
     want = exact(parts, q_positions, k_positions, window=window, segments=segments)
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-6)
 
@@ -166,11 +170,13 @@ def test_queries_that_see_nothing_give_zeros_and_blocks_that_are_not_seen_are_no
 # ---- chunks of prompts, whole sequences
 
 
-@pytest.mark.parametrize(("T", "window"), [(5, None), (70, None), (70, 8), (130, 64)])
-def test_chunks_of_prompts_begin_anywhere(T, window):
+@pytest.mark.parametrize(
+    ("T", "window", "rows"), [(5, None, 128), (70, None, 128), (70, 8, 16), (130, 64, 128)]
+)
+def test_chunks_of_prompts_begin_anywhere(T, window, rows):
     before = np.array([0, 37])
     q_positions = before[:, None] + np.arange(T)
-    check(drawn(2, T, 200), ints(q_positions), full(before + T, 200), window)
+    check(drawn(2, T, 200), ints(q_positions), full(before + T, 200), window, rows=rows)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -221,10 +227,11 @@ def test_bfloat16_is_as_exact_as_the_reference(S):
 
 @functools.partial(jit, static_argnames="window")
 def pull(parts: Any, positions: Any, segments: Any, weigh: Any, window=None) -> Any:
-    out, norm = kernel.forward(*parts, *positions, segments=segments, window=window, interpret=True)
-    return attention_gradient.backward(
-        *(*parts, *positions, segments, out, norm, weigh), window=window, interpret=True
-    )
+    options: Any = {"window": window, "interpret": True}
+    with mock.patch.object(kernel, "FLOAT32_ROWS", kernel.ROWS):
+        found = kernel.forward(*parts, *positions, segments=segments, **options)
+        given = *parts, *positions, segments, *found, weigh
+        return attention_gradient.backward(*given, **options)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +333,7 @@ cuda = pytest.mark.skipif(
     not importlib.util.find_spec("jax_cuda13_plugin"),
     reason="needs jax's CUDA plugin: pip install -e '.[cuda]'",
 )
-NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 
 def compiled(topology, function, *shapes, given=()) -> Any:
@@ -381,10 +388,11 @@ def test_attention_of_gpt_oss_compiles_without_spills(topology, dtype, B, T, S, 
 @pytest.mark.parametrize("topology", GPUS)
 @pytest.mark.parametrize("window", [None, 128])
 def test_gradient_compiles_without_spills(topology, window):
-    def gradient(*parts):
+    def gradient(*parts: Any):
         segments = parts[4:6]
         found = kernel.forward(*parts, segments=segments, window=window)
-        return attention_gradient.backward(*parts, segments, *found, found[0], window=window)
+        parts = *parts, segments, *found, found[0]
+        return attention_gradient.backward(*parts, window=window)
 
     found = compiled(topology, gradient, *shapes_of(1, 2048, 2048))
     assert found.memory_analysis().temp_size_in_bytes < 64 << 20

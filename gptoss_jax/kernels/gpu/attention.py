@@ -23,6 +23,7 @@ from jax.sharding import ManualAxisType
 from jaxtyping import Array, Float, Int
 
 ROWS = 128  # of a product, at most: with 64 slots the scores and sums are 128 registers a thread
+FLOAT32_ROWS = 16  # whose products hold their operands in registers too; 32 spill
 SMALLEST = 16  # rows, slots and head size that tensor cores take
 SLOTS = 64  # of a step: 16 KB of keys and values with heads of 64, three of them in flight
 PROGRAMS = 256  # about two for each multiprocessor of an H200
@@ -165,8 +166,9 @@ def results_of(blocks: Blocks, shape, dtype, norm: bool = False):
 def cut(B: int, T: int, S: int, K: int, G: int, H: int, dtype, split: bool = True) -> Blocks:
     """Blocks for these shapes; from what the hardware holds, not from measurements."""
     heads, width = pl.next_power_of_2(G), max(SMALLEST, pl.next_power_of_2(H))
-    rows = max(1, ROWS * 64 * 2 // (width * jnp.dtype(dtype).itemsize), SMALLEST)
-    rows = min(ROWS, rows, max(SMALLEST, pl.next_power_of_2(T * heads)))
+    most = ROWS if jnp.dtype(dtype).itemsize == 2 else FLOAT32_ROWS
+    most = max(SMALLEST, min(ROWS, most * 64 // width))
+    rows = min(most, max(SMALLEST, pl.next_power_of_2(T * heads)))
     queries = max(1, rows // heads)
     most = -(-S // SLOTS)
     splits = 1
