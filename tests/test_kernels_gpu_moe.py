@@ -2,6 +2,7 @@
 definitions, and compiled for GPUs that are not there (slow).
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -21,9 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax import mxfp4, sharding
+from gptoss_jax.cache import make_cache
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.gpu import blocks, moe, triton
 from gptoss_jax.kernels.gpu.unpack import HIGH, LOW, unpack
+from gptoss_jax.model import apply, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.linear import LowRank, Rounded
@@ -438,6 +441,37 @@ def test_experts_spread_over_a_mesh(interpreted, monkeypatch):
     assert "mlp" in interpreted
 
 
+@functools.partial(jit, static_argnames=("config", "kernels"))
+def forward(params, tokens, cache, config, kernels):
+    with backends.use(experts="gpu") if kernels else contextlib.nullcontext():
+        return apply(params, tokens, cache, config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "expert": 4}])
+def test_the_network_with_kernels_is_the_network(sizes, interpreted, monkeypatch):
+    """A chunk and a decode step, experts on one device or spread."""
+    config, out = tiny.SMALL, {}
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+    mesh = None if sizes is None else sharding.make_mesh(sizes, config)
+    for kernels in (False, True):
+        params, where = tiny.params(config), mesh if kernels else None
+        if where is not None:
+            params = jax.device_put(
+                params, sharding.parameter_shardings(letters(config), params, where)
+            )
+        cache, found = make_cache(config, 2, 64, jnp.float32), []
+        with jax.set_mesh(where) if where is not None else contextlib.nullcontext():
+            for seed, length in enumerate((11, 1)):
+                tokens = tiny.tokens(2, length, seed)
+                logits, cache = forward(params, tokens, cache, config, kernels)
+                found.append(np.asarray(logits))
+        out[kernels] = found
+    for ours, reference in zip(out[True], out[False], strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-5)
+    assert "mlp" in interpreted
+
+
 @pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
 @pytest.mark.parametrize("M", [3, 900])
 def test_kernels_and_gradient_lower_for_cuda(M):
@@ -500,7 +534,7 @@ def assembled(ptx: Path, folder: Path) -> str:
 @pytest.mark.skipif(not cuda_plugin(), reason="needs jax's plugin: pip install 'jax[cuda13]'")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
-@pytest.mark.parametrize("card", ["h200:1", "a100:1", "l4:1"])
+@pytest.mark.parametrize("card", ["h200:1", "a100:1", "l4:1", "b200:1"])
 @pytest.mark.parametrize(("E", "M"), [(32, 1), (128, 64), (32, 2048)])
 @pytest.mark.parametrize("which", ["mlp", "transposed"])
 def test_experts_of_20b_and_120b_compile_and_no_copy_is_made(card, E, M, which, tmp_path):
