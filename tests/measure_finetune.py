@@ -21,6 +21,7 @@ from gptoss_jax import checkpoint, hub, loading, lora
 from gptoss_jax.bounds import leaves
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.train import OptimizerSettings, Settings
+from gptoss_jax.train.memory import keep_freed
 from gptoss_jax.train.step import make_step, new_state
 
 LORA = lora.LoraConfig(rank=8, alpha=16)
@@ -52,6 +53,7 @@ def ours(wide: bool, rows: int, length: int):
         model = loading.load()
         config, params = model.config, model.params
     settings = Settings(lora=LORA, optimizer=OptimizerSettings(), remat=wide)
+    keep_freed()  # as the loop does
     state = new_state(lora.init(config, LORA, jax.random.key(0)), settings)
     update = jax.jit(
         make_step(config, settings, 100, jnp.bfloat16 if wide else jnp.float32), donate_argnums=0

@@ -4,6 +4,8 @@ skipped.
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import finetuning
 import jax
@@ -240,3 +242,33 @@ def test_optimizers_that_cannot_be_are_refused(wrong, message):
 def test_a_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(GptOssError, match="warmup takes 10 of 10 steps"):
         rate(OptimizerSettings(warmup=10), 10)
+
+
+MEMORY = """
+import ctypes, resource, sys
+from gptoss_jax.train.memory import keep_freed
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+kept = keep_freed() if sys.argv[1] == "kept" else None
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(100 << 20)
+    ctypes.memset(block, 1, 100 << 20)
+    libc.free(block)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(kept, pages)
+"""
+
+
+def test_freed_memory_is_kept():
+    """Blocks as large as a step's temporary memory come back as the same pages."""
+    found = {}
+    for way in ("kept", "given back"):
+        run = [sys.executable, "-c", MEMORY, way]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        found[way] = text.split()
+    if found["kept"][0] == "False":
+        pytest.skip("not glibc")
+    # large pages may make them few, but never none
+    assert int(found["kept"][1]) < 10 < int(found["given back"][1])

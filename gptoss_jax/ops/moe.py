@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gptoss_jax import sharding
 from gptoss_jax.kernels import cpu, gpu, tpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
-from gptoss_jax.ops import backends
+from gptoss_jax.ops import backends, trained
 from gptoss_jax.ops.backends import Backend
 from gptoss_jax.ops.linear import LowRank, Rounded, grouped_low_rank, low_rank_product
 from gptoss_jax.ops.product import packed_product, product
@@ -269,23 +269,66 @@ def _mlp_on_cpu(
     )
     flat = experts_MX.reshape(-1)
 
-    def times(name, rows_RI, experts_RX, weight, bias_EO):
+    def times(name, rows_RI, experts_RX, weight):
         """Rows, each with its experts -> those of every pair [M X, O], float32."""
         out: Any = packed_product(rows_RI, experts_RX, weight)
         if name in low_rank:
             a, b, gain_MR = low_rank[name]
             gain = jnp.repeat(gain_MR, len(rows_RI) // M, axis=0)
             out = grouped_low_rank(out, rows_RI, experts_RX, a, b.reshape(E, -1, a.shape[1]), gain)
-        bias = jnp.take(bias_EO, flat, axis=0, mode="clip").astype(jnp.float32)
-        return out.reshape(M * X, -1) + bias
+        return out.reshape(M * X, -1)
 
-    h = times("gate_up", x_MD, experts_MX, gate_up_EOD, gate_up_bias_EFP.reshape(E, F * P))
-    act = swiglu(h.reshape(-1, F, P), alpha, limit).astype(x_MD.dtype)
-    out_MXD = times("down", act, flat[:, None], down_EDF, down_bias_ED).reshape(M, X, D)
+    h = times("gate_up", x_MD, experts_MX, gate_up_EOD)
+    act = _biased_swiglu(h, gate_up_bias_EFP.reshape(E, F * P), flat, alpha, limit)
+    out = times("down", act.astype(x_MD.dtype), flat[:, None], down_EDF)
     # What came out for nobody's rows is biases alone.
     weights_MX = jnp.where(experts_MX < E, weights_MX, 0.0)
-    # One by one: XLA's CPU reduction over X calls its thread pool, 80 microseconds for one row.
-    return sum(out_MXD[:, x] * weights_MX[:, x, None] for x in range(X))
+    return _weighted_sum(out.reshape(M, X, D), weights_MX, down_bias_ED, experts_MX)
+
+
+def _biased_swiglu(h_PO, bias_EO, experts_P, alpha, limit):
+    """`swiglu` of rows and their experts' biases; O are pairs (gate, up)."""
+
+    def reference(h, bias, experts):
+        h = h + jnp.take(bias, experts, axis=0, mode="clip").astype(jnp.float32)
+        return swiglu(h.reshape(len(h), -1, 2), alpha, limit)
+
+    def forward(h, bias, experts):
+        wide = bias.astype(jnp.float32)
+        return cpu.training.swiglu(h, experts, wide, alpha, limit), (h, bias, experts)
+
+    def backward(kept, gradient):
+        h, bias, experts = kept
+        wide = bias.astype(jnp.float32)
+        to_h = cpu.training.swiglu_gradient(gradient, h, experts, wide, alpha, limit)
+        to_bias = jnp.zeros_like(wide).at[experts].add(to_h, mode="drop")
+        return to_h, to_bias.astype(bias.dtype), None
+
+    return trained.run("experts", reference, forward, backward, h_PO, bias_EO, experts_P)
+
+
+def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
+    """sum_x weights_x (y_x + bias of expert x)."""
+    X = experts_MX.shape[1]
+
+    def reference(y, weights, bias, experts):
+        y = y + jnp.take(bias, experts, axis=0, mode="clip").astype(jnp.float32)
+        # One by one: XLA's CPU reduction over X calls its thread pool, 80 microseconds for one row.
+        return sum(y[:, x] * weights[:, x, None] for x in range(X))
+
+    def forward(y, weights, bias, experts):
+        wide = bias.astype(jnp.float32)
+        return cpu.training.weighted(y, experts, wide, weights), (y, weights, bias, experts)
+
+    def backward(kept, gradient):
+        y, weights, bias, experts = kept
+        wide = bias.astype(jnp.float32)
+        to_y, to_weights = cpu.training.weighted_gradient(gradient, y, experts, wide, weights)
+        to_bias = jnp.zeros_like(wide).at[experts].add(to_y, mode="drop")
+        return to_y, to_weights, to_bias.astype(bias.dtype), None
+
+    parts = y_MXD, weights_MX, bias_ED, experts_MX
+    return trained.run("experts", reference, forward, backward, *parts)
 
 
 def _mlp_on_gpu(*parts, alpha, limit, spread):

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import trained
+
 
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float
@@ -20,8 +23,23 @@ def rms_norm(
 
     Source: openai/gpt-oss gpt_oss/torch/model.py RMSNorm; Zhang and Sennrich 2019.
     """
-    with jax.named_scope("rms_norm"):
+
+    def reference(x, scale):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
         return (wide * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+    def forward(x, scale):
+        rows, wide = x.reshape(-1, x.shape[-1]), scale.astype(jnp.float32)
+        y, inverse_R = cpu.training.norm(rows, wide, eps)
+        return y.reshape(x.shape), (rows, wide, scale, inverse_R)
+
+    def backward(kept, gradient):
+        rows, wide, scale, inverse_R = kept
+        rows_of = gradient.reshape(rows.shape)
+        to_x = cpu.training.norm_gradient(rows_of, rows, wide, inverse_R).reshape(gradient.shape)
+        return to_x, (rows_of * rows * inverse_R[:, None]).sum(0).astype(scale.dtype)
+
+    with jax.named_scope("rms_norm"):
+        return trained.run("product", reference, forward, backward, x, scale)

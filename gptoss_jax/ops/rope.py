@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import trained
+
 
 @functools.lru_cache
 def frequencies(
@@ -79,14 +82,28 @@ def rotate(
     Args:
       x: Queries or keys [B, T, heads, H].
       cos: float32 [B, T, H / 2].
-      sin: float32 [B, T, H / 2].
+      sin: float32 [B, T, H / 2]; angles have no gradient.
 
     Returns:
       [B, T, heads, H] in x's dtype.
     """
-    with jax.named_scope("rotate"):
+
+    def reference(x, cos, sin):
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = cos[:, :, None], sin[:, :, None]
         return jnp.concatenate(
             [first * cos - second * sin, second * cos + first * sin], axis=-1
         ).astype(x.dtype)
+
+    def turned(x, cos, sin, back=False):
+        cos, sin = (angle.reshape(-1, angle.shape[-1]) for angle in (cos, sin))
+        return cpu.training.rotate(x.reshape(-1, *x.shape[2:]), cos, sin, back).reshape(x.shape)
+
+    def forward(x, cos, sin):
+        return turned(x, cos, sin), (cos, sin)
+
+    def backward(kept, gradient):
+        return turned(gradient, *kept, back=True), None, None
+
+    with jax.named_scope("rotate"):
+        return trained.run("attention", reference, forward, backward, x, cos, sin)

@@ -20,7 +20,7 @@ from gptoss_jax.model import Params
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.sharding import replicate
 from gptoss_jax.tokenizer import KEPT_FILE, write_kept
-from gptoss_jax.train import evaluation, metrics, run_folder, trainable
+from gptoss_jax.train import evaluation, memory, metrics, run_folder, trainable
 from gptoss_jax.train.checkpoints import Checkpoints
 from gptoss_jax.train.pipeline import Batches, BatchIterator, BatchSettings
 from gptoss_jax.train.progress import Progress
@@ -250,6 +250,8 @@ class _Run:
         }
 
     def run(self) -> Result:
+        if jax.default_backend() == "cpu":
+            memory.keep_freed()
         checkpoints = Checkpoints(self.folder / run_folder.CHECKPOINTS, self.settings.keep)
         try:
             return self._run(checkpoints)

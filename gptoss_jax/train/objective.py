@@ -13,6 +13,7 @@ from gptoss_jax import lora as low_rank
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params, hidden, unembed
+from gptoss_jax.ops.loss import cross_entropy as loss_of
 from gptoss_jax.sharding import constrain
 
 CHUNK_BYTES = 1 << 27  # float32 logits held at once
@@ -162,9 +163,7 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 def _loss(head, x_BTD, targets_BT, weights_BT):
     logits = unembed(head[0], constrain(x_BTD, "BTD"), head[1])
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    chosen = jnp.where(targets_BT[..., None] == ids[None, None], logits, 0).sum(-1)
-    return (weights_BT * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
+    return loss_of(logits, targets_BT, weights_BT)
 
 
 def _by_chunks(one, vocabulary, x_BTD, targets_BT, weights_BT):

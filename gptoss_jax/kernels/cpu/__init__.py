@@ -1,5 +1,6 @@
 """Products on CPUs: MXFP4, bfloat16 and float32 weights, by AVX-512, AVX2 or plain vectors."""
 
+from gptoss_jax.kernels.cpu import training as training
 from gptoss_jax.kernels.cpu.attention import HEAD_BLOCK as HEAD_BLOCK
 from gptoss_jax.kernels.cpu.attention import attention as attention
 from gptoss_jax.kernels.cpu.attention import attention_and_norm as attention_and_norm

@@ -41,6 +41,15 @@ struct Arithmetic {
                int32_t segment);
   // d[i] = weights[i] (d[i] - mean): from gradients of a softmax's weights to those of its scores.
   void (*through_softmax)(const float* weights, float mean, int count, float* d);
+
+  // Between the products of training: between.h.
+  void (*swiglu)(const float* h, const float* bias, int F, float alpha, float limit, float* act);
+  void (*swiglu_gradient)(const float* h, const float* bias, const float* d_act, int F, float alpha, float limit,
+                          float* d_h);
+  void (*rotate)(const float* x, const float* cos, const float* sin, int half, float sign, float* out);
+  float (*triple)(const float* x, const float* y, const float* scale, int count);
+  void (*scaled)(const float* x, const float* z, const float* scale, float a, float b, int count, float* y);
+  void (*cross_entropy)(float* logits, int V, int target, float weight, float* most, float* sum);
 };
 
 extern "C" const Arithmetic gptoss_float32_base;

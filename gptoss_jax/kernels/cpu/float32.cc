@@ -289,7 +289,10 @@ void through_softmax(const float* weights, float mean, int count, float* d) {
   for (int i = 0; i < count; i++) d[i] = weights[i] * (d[i] - mean);
 }
 
+#include "between.h"
+
 }  // namespace
 
-extern "C" const Arithmetic NAME = {4,       32,           0,       tiles,     nullptr, unpack,         panel, spread,
-                                    largest, exponentials, product, transpose, mask,    through_softmax};
+extern "C" const Arithmetic NAME = {4,         32,      0,           tiles,           nullptr,         unpack, panel,
+                                    spread,    largest, exponentials, product,        transpose,       mask,   through_softmax,
+                                    swiglu,    swiglu_gradient,       rotate,         triple,          scaled, cross_entropy};

@@ -34,6 +34,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("attention_gradient.cc", []),
     ("low_rank.cc", []),
     ("rows.cc", []),
+    ("training.cc", []),
     ("float32.cc", ["-DNAME=gptoss_float32_base", "-DWIDTH=4"]),
 ]
 X86_UNITS = [
@@ -48,6 +49,14 @@ TARGETS = (
     "gptoss_low_rank",
     "gptoss_low_rank_gradient",
     "gptoss_rows",
+    "gptoss_swiglu",
+    "gptoss_swiglu_gradient",
+    "gptoss_weighted",
+    "gptoss_weighted_gradient",
+    "gptoss_rotate",
+    "gptoss_norm",
+    "gptoss_norm_gradient",
+    "gptoss_cross_entropy",
     "gptoss_store",
 )
 

@@ -1,0 +1,163 @@
+// What lies between the products of a training step, in float32: SwiGLU with the experts' biases, the weighted sum of their
+// outputs, rotation, RMSNorm, the softmax of the loss, and their gradients. XLA's CPU compiler leaves most of these as
+// loops of single values.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "host.h"
+
+namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Buffer<ffi::S32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+
+constexpr int64_t kRows = 32;    // of a task
+constexpr int64_t kWork = 16;    // a value costs as much as so many multiplications of a product
+
+const Arithmetic& arithmetic() { return *arithmetic_for(Kind::kFloat32); }
+
+// Calls one(row) for rows of `width` values.
+template <typename F>
+void by_rows(ffi::ThreadPool& pool, int64_t rows, int64_t width, const F& one) {
+  parallel(pool, (rows + kRows - 1) / kRows, rows * width * kWork, [&](int64_t i) {
+    for (int64_t row = kRows * i; row < std::min(kRows * (i + 1), rows); row++) one(row);
+  });
+}
+
+// Nobody's rows have the last expert's bias; their weights are zero.
+inline int64_t of(const int32_t* experts, int64_t row, int64_t count) {
+  return std::clamp<int64_t>(experts[row], 0, count - 1);
+}
+
+// h [P, 2 F], experts [P], bias [E, 2 F] -> [P, F].
+ffi::Error swiglu(ffi::ThreadPool pool, float alpha, float limit, Floats h, Integers experts, Floats bias, Result act) {
+  const int64_t P = act->dimensions()[0], F = act->dimensions()[1], E = bias.dimensions()[0];
+  if (F % 16) return ffi::Error::InvalidArgument("expert hidden sizes must be a multiple of 16");
+  by_rows(pool, P, 2 * F, [&](int64_t p) {
+    arithmetic().swiglu(h.typed_data() + 2 * F * p, bias.typed_data() + 2 * F * of(experts.typed_data(), p, E), int(F),
+                        alpha, limit, act->typed_data() + F * p);
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of [P, F], and what swiglu takes -> that of h.
+ffi::Error swiglu_gradient(ffi::ThreadPool pool, float alpha, float limit, Floats d_act, Floats h, Integers experts,
+                           Floats bias, Result d_h) {
+  const int64_t P = d_act.dimensions()[0], F = d_act.dimensions()[1], E = bias.dimensions()[0];
+  if (F % 16) return ffi::Error::InvalidArgument("expert hidden sizes must be a multiple of 16");
+  by_rows(pool, P, 2 * F, [&](int64_t p) {
+    arithmetic().swiglu_gradient(h.typed_data() + 2 * F * p, bias.typed_data() + 2 * F * of(experts.typed_data(), p, E),
+                                 d_act.typed_data() + F * p, int(F), alpha, limit, d_h->typed_data() + 2 * F * p);
+  });
+  return ffi::Error::Success();
+}
+
+// y [M, X, D], experts and weights [M, X], bias [E, D] -> sum_x weights (y + bias) [M, D].
+ffi::Error weighted(ffi::ThreadPool pool, Floats y, Integers experts, Floats bias, Floats weights, Result out) {
+  const int64_t M = y.dimensions()[0], X = y.dimensions()[1], D = y.dimensions()[2], E = bias.dimensions()[0];
+  by_rows(pool, M, X * D, [&](int64_t m) {
+    float* to = out->typed_data() + m * D;
+    std::memset(to, 0, 4 * D);
+    for (int64_t x = m * X; x < m * X + X; x++) {
+      const float *from = y.typed_data() + x * D, *more = bias.typed_data() + of(experts.typed_data(), x, E) * D;
+      const float weight = weights.typed_data()[x];
+      for (int64_t d = 0; d < D; d++) to[d] += weight * (from[d] + more[d]);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of [M, D], and what weighted takes -> those of y and weights.
+ffi::Error weighted_gradient(ffi::ThreadPool pool, Floats d_out, Floats y, Integers experts, Floats bias, Floats weights,
+                             Result d_y, Result d_weights) {
+  const int64_t M = y.dimensions()[0], X = y.dimensions()[1], D = y.dimensions()[2], E = bias.dimensions()[0];
+  by_rows(pool, M, X * D, [&](int64_t m) {
+    const float* d = d_out.typed_data() + m * D;
+    for (int64_t x = m * X; x < m * X + X; x++) {
+      const float *from = y.typed_data() + x * D, *more = bias.typed_data() + of(experts.typed_data(), x, E) * D;
+      const float weight = weights.typed_data()[x];
+      float* to = d_y->typed_data() + x * D;
+      for (int64_t i = 0; i < D; i++) to[i] = weight * d[i];
+      d_weights->typed_data()[x] =
+          arithmetic().triple(d, from, nullptr, int(D)) + arithmetic().triple(d, more, nullptr, int(D));
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// x [rows, heads, 2 half], cos and sin [rows, half] -> x rotated, back if sign is -1.
+ffi::Error rotate(ffi::ThreadPool pool, float sign, Floats x, Floats cos, Floats sin, Result out) {
+  const int64_t rows = x.dimensions()[0], heads = x.dimensions()[1], half = cos.dimensions()[1];
+  by_rows(pool, rows, heads * 2 * half, [&](int64_t r) {
+    for (int64_t i = r * heads; i < (r + 1) * heads; i++)
+      arithmetic().rotate(x.typed_data() + i * 2 * half, cos.typed_data() + r * half, sin.typed_data() + r * half,
+                          int(half), sign, out->typed_data() + i * 2 * half);
+  });
+  return ffi::Error::Success();
+}
+
+// x [rows, D], scale [D] -> x / root * scale, and 1 / root [rows], root of the mean of squares + eps.
+ffi::Error norm(ffi::ThreadPool pool, float eps, Floats x, Floats scale, Result y, Result inverse) {
+  const int64_t rows = x.dimensions()[0], D = x.dimensions()[1];
+  by_rows(pool, rows, D, [&](int64_t r) {
+    const float* from = x.typed_data() + r * D;
+    const float found = 1.0f / std::sqrt(arithmetic().triple(from, from, nullptr, int(D)) / D + eps);
+    inverse->typed_data()[r] = found;
+    arithmetic().scaled(from, nullptr, scale.typed_data(), found, 0, int(D), y->typed_data() + r * D);
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of y, what norm takes, and 1 / root -> that of x.
+ffi::Error norm_gradient(ffi::ThreadPool pool, Floats d_y, Floats x, Floats scale, Floats inverse, Result d_x) {
+  const int64_t rows = x.dimensions()[0], D = x.dimensions()[1];
+  by_rows(pool, rows, D, [&](int64_t r) {
+    const float *from = x.typed_data() + r * D, *d = d_y.typed_data() + r * D, by = inverse.typed_data()[r];
+    const float mean = arithmetic().triple(from, d, scale.typed_data(), int(D)) / D;
+    arithmetic().scaled(from, d, scale.typed_data(), by, -by * by * by * mean, int(D), d_x->typed_data() + r * D);
+  });
+  return ffi::Error::Success();
+}
+
+// Logits [rows, V] (the same array as the first result), targets and weights [rows] -> the gradient of the loss, and
+// weight (log sum exp - logit of the target) of every row.
+ffi::Error cross_entropy(ffi::ThreadPool pool, Floats logits, Integers targets, Floats weights, Result gradient,
+                         Result loss) {
+  const int64_t rows = logits.dimensions()[0], V = logits.dimensions()[1];
+  float* at = gradient->typed_data();
+  if (at != logits.typed_data()) std::memcpy(at, logits.typed_data(), logits.size_bytes());
+  by_rows(pool, rows, V, [&](int64_t r) {
+    const int64_t target = of(targets.typed_data(), r, V);
+    const float weight = weights.typed_data()[r], chosen = at[r * V + target];
+    float most, sum;
+    arithmetic().cross_entropy(at + r * V, int(V), int(target), weight, &most, &sum);
+    loss->typed_data()[r] = weight * (std::log(sum) + most - chosen);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_swiglu, swiglu,
+                              BINDING.Attr<float>("alpha").Attr<float>("limit").Arg<Floats>().Arg<Integers>().Arg<Floats>()
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_swiglu_gradient, swiglu_gradient,
+                              BINDING.Attr<float>("alpha").Attr<float>("limit").Arg<Floats>().Arg<Floats>().Arg<Integers>()
+                                  .Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_weighted, weighted,
+                              BINDING.Arg<Floats>().Arg<Integers>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_weighted_gradient, weighted_gradient,
+                              BINDING.Arg<Floats>().Arg<Floats>().Arg<Integers>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_rotate, rotate,
+                              BINDING.Attr<float>("sign").Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm, norm,
+                              BINDING.Attr<float>("eps").Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm_gradient, norm_gradient,
+                              BINDING.Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_cross_entropy, cross_entropy,
+                              BINDING.Arg<Floats>().Arg<Integers>().Arg<Floats>().Ret<Floats>().Ret<Floats>());
