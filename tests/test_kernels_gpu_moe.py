@@ -159,12 +159,10 @@ def run_ptx(text, codes, scales):
         elif name == "lop3.b32":
             assert rest[4] == "0xEA"  # (a & b) | c, the table of 0xF0, 0xCC, 0xAA
             held[rest[0]] = (value(rest[1]) & value(rest[2])) | value(rest[3])
-        elif name == "min.bf16x2":
-            held[rest[0]] = packed(np.minimum(*map(halves, rest[1:])))
         else:
-            assert name == "fma.rn.bf16x2"
+            assert name in ("fma.rn.bf16x2", "fma.rn.relu.bf16x2")
             a, b, c = map(halves, rest[1:])
-            held[rest[0]] = packed(a * b + c)
+            held[rest[0]] = packed(np.maximum(a * b + c, 0.0 if "relu" in name else -np.inf))
     return held["$0"]
 
 
