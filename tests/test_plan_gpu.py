@@ -4,9 +4,14 @@ they are.
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from gptoss_jax import bounds, ops, sharding
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.ops import backends
 from gptoss_jax.plan import hardware, hlo, programs
 
 cuda = pytest.mark.skipif(
@@ -66,6 +71,17 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"expert": 4, "tensor": 2}])
+def test_rows_of_a_spread_table_are_the_tables(sizes):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(24, 6)), jnp.bfloat16)
+    tokens = jnp.asarray([[0, 23, 5], [6, 12, 11], [17, 18, 0], [1, 2, 3]], jnp.int32)
+    with jax.set_mesh(sharding.make_mesh(sizes)), backends.use(embed="gpu"):
+        got = jax.jit(ops.embed)(tokens, table)
+    np.testing.assert_array_equal(
+        np.asarray(got, np.float32), np.asarray(table[tokens], np.float32)
+    )
+
+
 @cuda
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
@@ -92,3 +108,27 @@ def test_a_decode_step_starts_at_most_ten_kernels_a_layer(model, topology, batch
     assert sum(started.values()) - inside <= OUTSIDE
     assert found.temporaries < 0.3e9
     assert found.arguments + found.temporaries < slice_.device.memory
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}])
+def test_two_gpus_run_the_same_kernels_and_send_no_weight(sizes):
+    config = GptOssConfig.preset("gpt-oss-20b")
+    devices = programs.devices(hardware.parse("h200:2"))
+    found = programs.Steps(config, sizes, devices).decode(1, 8192)
+    assert found.started is not None
+    assert found.collectives is not None
+    print(f"\n{sizes}: {found.collectives}, temporaries {found.temporaries / 1e6:.1f} MB")
+    layers = config.num_layers
+    for name, count in (
+        ("attend_one/shard_map/attention_step", layers),
+        ("attend_one/shard_map/attention_combine", layers // 2),
+        ("shard_map/expert_mlp/experts_gate_up", layers),
+        ("shard_map/expert_mlp/experts_down", layers),
+    ):
+        assert found.started[f"layer/{name}"] == count
+    sent = sum(row["bytes"] for row in found.collectives.values())
+    assert sent < 1e-3 * bounds.weights(config, sizes).total
+    assert found.temporaries < 0.3e9
