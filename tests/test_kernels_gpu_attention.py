@@ -312,7 +312,7 @@ def test_the_operation_takes_the_kernel_where_it_is_forced(mesh, interpreted, mo
     for ours, theirs in zip(
         jax.tree.leaves((got, plain)), jax.tree.leaves((want, want[0][1])), strict=True
     ):
-        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_kernel_does_not_take_is_said():

@@ -71,6 +71,21 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("card", "gigabytes", "bandwidth"),
+    [
+        ("a100-40", 40, 1555), ("a100", 80, 2039), ("h100", 80, 3350), ("h200", 141, 4800),
+        ("l4", 24, 300), ("l40s", 48, 864), ("4090", 24, 1008), ("b200", 180, 8000),
+    ],
+)  # fmt: skip
+def test_common_cards_are_known_and_can_be_compiled_for(card, gigabytes, bandwidth):
+    """The sizes that they are sold by, in GB or GiB, of which a program gets 97 %."""
+    device = hardware.parse(f"{card}:1").device
+    assert 0.97 * gigabytes < device.memory / 1e9 < 1.075 * gigabytes
+    assert device.bandwidth == bandwidth * 1e9
+    assert device.capability in programs.KNOWN_CARDS
+
+
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"expert": 4, "tensor": 2}])
 def test_rows_of_a_spread_table_are_the_tables(sizes):
     table = jnp.asarray(np.random.default_rng(0).normal(size=(24, 6)), jnp.bfloat16)

@@ -265,6 +265,8 @@ def _programs(report: dict[str, Any]):
             return f"{found['count']} x, {found['bytes'] / 1e6:,.2f} MB" if found else "none"
 
         row(kind, sent)
+    if any(one["started"] for one in report["programs"].values()):
+        row("kernels started", lambda one, _: f"{sum((one['started'] or {}).values()) or '?'}")
     row("seconds to compile", lambda one, _: f"{one['seconds']:.0f}")
     return table
 
