@@ -3,11 +3,11 @@
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT = 1 << 30  # bytes
+KEPT = 128 << 20  # bytes
 
 
 def keep_freed() -> bool:
-    """Asks glibc to keep blocks of up to 1 GB that are freed, instead of giving them back.
+    """Asks glibc to keep blocks of up to 128 MB that are freed, instead of giving them back.
 
     XLA allocates a step's temporary memory as one block on CPUs and frees it after: given back, it
     comes anew as pages that are zeroed one by one, a fifth of a step of gpt-oss-tiny. For the whole
