@@ -551,7 +551,8 @@ def test_scrolling_follows_unless_the_reader_went_up(visit):
     assert v.page.evaluate(left) < 80
     v.page.mouse.move(450, 200)
     v.page.mouse.wheel(0, -300)
-    until(lambda: v.page.evaluate(left) > 100)  # wait_for_function polls with eval, which the page's policy forbids
+    # Playwright's own wait_for_function polls with eval, which the page's policy forbids.
+    until(lambda: v.page.evaluate(left) > 100)
     v.page.wait_for_timeout(200)  # the end of the wheel's own movement
     top = v.page.evaluate("document.getElementById('scroll').scrollTop")
     playwright.expect(v.page.get_by_text("Line 60")).to_be_attached()

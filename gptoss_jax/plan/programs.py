@@ -312,7 +312,7 @@ class Steps:
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if not tpu:
             text = compiled.as_text()
-        started = None if tpu or shares is None else scopes(kernels(text))
+        started = None if tpu or shares is None else scopes(kernels(text or ""))
         return Program(
             arguments=memory.argument_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
