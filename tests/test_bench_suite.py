@@ -3,7 +3,6 @@ figure; what accelerators draw and compare by themselves.
 """
 
 import json
-import subprocess
 import types
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import tiny
 import gptoss_jax as gj
 from gptoss_jax.bench import agreement, suite, weights
 from gptoss_jax.cli import main
+from gptoss_jax.errors import GptOssError
 
 ROWS = (
     suite.Row("fast", "gpt-oss-20b", {"batch": 1}, {"decode_tok_s": (">=", 100.0)}),
@@ -49,13 +49,13 @@ def test_what_fails_or_finds_no_time_is_named(monkeypatch):
 
     def child(command, seconds):
         if seconds == 50:
-            raise subprocess.SubprocessError("out of memory")
+            raise GptOssError("the process failed: out of memory")
         return {"decode_tok_s": 100.0}
 
     rows = (ROWS[0], ROWS[0], ROWS[0])
     found = suite.run(rows, seconds=50, child=child)["rows"]
     assert [row.get("missing") for row in found] == [
-        "failed: out of memory",
+        "the process failed: out of memory",
         None,
         "not measured: 50 s were over",
     ]
@@ -79,9 +79,9 @@ def test_every_row_of_the_suites_is_a_command_that_bench_takes(monkeypatch, caps
 
 
 def test_a_child_that_fails_says_why_and_one_that_lasts_is_ended():
-    with pytest.raises(subprocess.SubprocessError, match="no such"):
+    with pytest.raises(GptOssError, match="no such"):
         suite._child(["sh", "-c", "echo no such >&2; exit 1"], 20)
-    with pytest.raises(subprocess.SubprocessError, match="time was over"):
+    with pytest.raises(GptOssError, match="time was over"):
         suite._child(["sleep", "20"], 0.1)
     assert suite._child(["sh", "-c", 'echo one; echo "{}"'], 20) == {}
 

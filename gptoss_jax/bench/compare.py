@@ -6,15 +6,13 @@ Knows how to start them; what they print is in peer.py.
 
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.bench.process import cores
+from gptoss_jax.bench.process import cores, last_line
 from gptoss_jax.bench.weights import config_of
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.places import cache_home
@@ -72,11 +70,7 @@ def compare(
     config, _ = config_of(source, layers)
     absent = {name: text for name in peers if (text := missing(name))}
     threads = threads or cores()
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{Path(source).name}-{config.num_layers}layers"
-    settings = folder / f"{stem}.json"
-    settings.write_text(json.dumps(config.to_hf()))
+    settings = settings_file(source, layers)
     sizes = {"prompt": prompt, "new": new, "batch": batch, "threads": threads}
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     module = [sys.executable, "-m"]
@@ -88,7 +82,7 @@ def compare(
         "transformers": [*module, "gptoss_jax.bench.peer_transformers", *flags, *peer],
     }
     if "llama.cpp" in peers and "llama.cpp" not in absent:
-        file = folder / f"{stem}.gguf"
+        file = settings.with_suffix(".gguf")
         if not file.exists():
             say(f"writing {file}, once")
             _child([*module, "gptoss_jax.bench.gguf_file", str(file), "--model", source, *depth])
@@ -136,13 +130,18 @@ def _summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _child(command: Sequence[str]) -> str:
-    """The last line that a process prints."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise GptOssError(f"{' '.join(command[2:4])} failed: {lines[-1]}")
-    return (done.stdout.splitlines() or [""])[-1]
+    """The last line that a process on the CPU prints."""
+    return last_line(command, " ".join(command[2:4]), environment={"JAX_PLATFORMS": "cpu"})
+
+
+def settings_file(source: str, layers: int | None) -> Path:
+    """A config.json of these sizes for another system's program, in the cache folder."""
+    config, _ = config_of(source, layers)
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{Path(source).name}-{config.num_layers}layers.json"
+    file.write_text(json.dumps(config.to_hf()))
+    return file
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""This process: its cores, its peak memory, the versions that it runs.
+"""This process: its cores, its peak memory, the versions that it runs; and others that measure.
 
 Loads nothing, so that it can speak for other systems' processes too.
 """
@@ -7,8 +7,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoss_jax.errors import GptOssError
@@ -71,3 +72,32 @@ def use_cores(count: int) -> None:
     if not hasattr(os, "sched_setaffinity"):
         raise GptOssError(f"{count} of {cores()} cores: this system cannot; leave --threads out")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def last_line(
+    command: Sequence[str],
+    name: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    seconds: float | None = None,
+) -> str:
+    """The last line that a process of its own prints.
+
+    Args:
+      command: The process.
+      name: For the message.
+      environment: Set beside this process' own.
+      seconds: It is ended after so many.
+
+    Raises:
+      GptOssError: It failed, or took too long.
+    """
+    whole = os.environ | dict(environment or {})
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=whole, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise GptOssError(f"{name} failed: the time was over after {seconds:.0f} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise GptOssError(f"{name} failed: {lines[-1]}")
+    return (done.stdout.splitlines() or [""])[-1]

@@ -5,9 +5,7 @@ Knows how to start this package again; the child is this file run as a program.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.errors import GptOssError
+from gptoss_jax.bench.process import last_line
 
 PARTS = ("start", "import", "load", "first_token", "compile", "total")
 
@@ -51,13 +49,9 @@ def startup(
 
 
 def _child(options: Sequence[str], folder: str) -> dict[str, float]:
-    environment = os.environ | {"GPTOSS_COMPILATION_CACHE": folder}
     command = [sys.executable, "-m", "gptoss_jax.bench.startup", repr(time.time()), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise GptOssError(f"the process that was timed failed: {lines[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {"GPTOSS_COMPILATION_CACHE": folder}
+    return json.loads(last_line(command, "the process that was timed", environment=environment))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,16 +7,14 @@ Knows commands and plain data; starts no device, which would hold its memory.
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptoss_jax.bench.compare import cache_folder
-from gptoss_jax.bench.process import today
-from gptoss_jax.bench.weights import config_of
+from gptoss_jax.bench.compare import settings_file
+from gptoss_jax.bench.process import cores, last_line, today
+from gptoss_jax.errors import GptOssError
 
 LEAST = 20.0  # seconds that must be left for one more measurement
 
@@ -31,6 +29,7 @@ class Row:
       options: Of `gptoss bench`, or of the module.
       goals: Key of the report -> (at least or at most, value); "share.x" looks inside.
       module: A program that prints one line of JSON; None for `gptoss bench`.
+      peer: Whether that is another system's, which takes its sizes from a file.
       needs: Modules that the program needs.
     """
 
@@ -39,6 +38,7 @@ class Row:
     options: dict[str, int | str]
     goals: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     module: str | None = None
+    peer: bool = False
     needs: tuple[str, ...] = ()
 
 
@@ -75,6 +75,7 @@ SUITES = {
             "gpt-oss-20b",
             {"prompt": 512, "new": 32, "batch": 1, "repeats": 2, "device": "cuda"},
             module="gptoss_jax.bench.peer_transformers",
+            peer=True,
             needs=("torch", "transformers"),
         ),
         _decode("gpt-oss-20b", 8, 2_300),
@@ -120,8 +121,8 @@ def run(
             say(f"{row.model}: {row.name}")
             try:
                 one["report"] = child(_command(row, layers), left)
-            except (subprocess.SubprocessError, OSError, ValueError) as problem:
-                one["missing"] = f"failed: {problem}"
+            except (GptOssError, OSError, ValueError) as problem:
+                one["missing"] = str(problem)
                 continue
             one["goals"] = {
                 key: _judged(_look(one["report"], key), *goal) for key, goal in row.goals.items()
@@ -151,24 +152,11 @@ def _command(row: Row, layers: int | None) -> list[str]:
             *("gptoss_jax.cli.main", "bench", "--model", row.model, "--random-weights", "--json"),
             *words,
         ]
-    if "device" not in row.options:
-        return [*start, row.module, *words]
-    config, _ = config_of(row.model, layers)
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / f"{row.model}-{config.num_layers}layers.json"
-    settings.write_text(json.dumps(config.to_hf()))
-    threads = str(len(os.sched_getaffinity(0)))
-    return [*start, row.module, *words, "--config", str(settings), "--threads", threads]
+    if row.peer:
+        words += ["--config", str(settings_file(row.model, layers)), "--threads", str(cores())]
+    return [*start, row.module, *words]
 
 
 def _child(command: Sequence[str], seconds: float) -> dict[str, Any]:
     """The object in the last line that a process prints."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise subprocess.SubprocessError(f"the time was over after {seconds:.0f} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise subprocess.SubprocessError(lines[-1])
-    return json.loads((done.stdout.splitlines() or [""])[-1])
+    return json.loads(last_line(command, "the process", seconds=seconds))
