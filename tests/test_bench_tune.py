@@ -40,9 +40,17 @@ def test_the_search_takes_what_is_faster_and_nothing_else(monkeypatch):
     said = []
     chosen, before, after = tune.search(kernels, 3, said.append)
     assert chosen == Values(4, 2)
-    assert said == ["width: 4", "depth: 2"]
+    assert said == ["width 8: passed over, too much shared memory", "width: 4", "depth: 2"]
     np.testing.assert_allclose(before, [0.5, 1.5])
     np.testing.assert_allclose(after, [0.25, 0.75])
+
+
+def test_values_that_do_not_run_at_the_start_are_an_error():
+    def calls(values):
+        raise ValueError("a mistake in the kernel")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        tune.search(tune.Kernels("cpu", Values(), {"width": (1,)}, calls), 1, print)
 
 
 @pytest.mark.skipif(cpu.why_not() is not None, reason="no compiler")

@@ -70,7 +70,7 @@ def tune(
 
     A value is taken if the geometric mean of the times over all shapes falls by more than 2 %;
     candidates take turns, so that a slow moment meets all of them. One that this device cannot
-    run (too much shared memory) is passed over.
+    run (too much shared memory) is named and passed over.
 
     Args:
       config: Sizes of an expert.
@@ -106,14 +106,25 @@ def search(
     """The best values, and the seconds of every call before and after."""
     chosen = kernels.start
     for name, candidates in kernels.candidates.items():
-        values = dict.fromkeys((getattr(chosen, name), *candidates))
-        options = [dataclasses.replace(chosen, **{name: value}) for value in values]
-        held, *others = times = _times(kernels, options, repeats)
+        options, calls = [chosen], [_ready(kernels.calls(chosen))]
+        for value in candidates:
+            option = dataclasses.replace(chosen, **{name: value})
+            if option == chosen:
+                continue
+            try:
+                calls.append(_ready(kernels.calls(option)))
+            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as problem:
+                # Compilers refuse what does not fit in these ways; that nothing else fails so is
+                # what the values at the start show, which raise.
+                say(f"{name} {value}: passed over, {str(problem).splitlines()[0]}")
+                continue
+            options.append(option)
+        times = _times(calls, repeats)
         best = min(range(len(options)), key=lambda i: _mean(times[i]))
-        if others and _mean(times[best]) < 0.98 * _mean(held):
+        if _mean(times[best]) < 0.98 * _mean(times[0]):
             chosen = options[best]
         say(f"{name}: {getattr(chosen, name)}")
-    before, after = _times(kernels, [kernels.start, chosen], repeats)
+    before, after = _times([kernels.calls(v) for v in (kernels.start, chosen)], repeats)
     return chosen, before, after
 
 
@@ -168,36 +179,28 @@ def _operands(config: GptOssConfig, rows: Sequence[int]) -> list[tuple[Any, ...]
     return [some(count) for count in rows]
 
 
-def _times(kernels: Kernels, options: Sequence[Any], repeats: int) -> list[list[float]]:
-    """Median seconds of every call with every option; infinite where one cannot run."""
-    calls = [kernels.calls(option) for option in options]
-    found = [[_first(call) for call in row] for row in calls]
-    seconds = [[[] for _ in row] for row in calls]
-    for _ in range(repeats):
-        for row, able, kept in zip(calls, found, seconds, strict=True):
-            if math.inf in able:
-                continue
-            for call, own in zip(row, kept, strict=True):
+def _ready(calls: list[Call]) -> list[Call]:
+    """The same, compiled."""
+    for call in calls:
+        jax.block_until_ready(call())
+    return calls
+
+
+def _times(options: Sequence[list[Call]], repeats: int) -> list[list[float]]:
+    """Median seconds of every call of every option."""
+    found: list[list[list[float]]] = [[[] for _ in calls] for calls in options]
+    for repeat in range(repeats + 1):  # the first is not counted
+        for calls, row in zip(options, found, strict=True):
+            for call, seconds in zip(calls, row, strict=True):
                 started = time.perf_counter()
                 jax.block_until_ready(call())
-                own.append(time.perf_counter() - started)
-    return [
-        [math.inf] * len(row) if math.inf in able else [statistics.median(own) for own in row]
-        for row, able in zip(seconds, found, strict=True)
-    ]
-
-
-def _first(call: Call) -> float:
-    """0 once a call has been compiled and run, infinite if it cannot be."""
-    try:
-        jax.block_until_ready(call())
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
-        return math.inf
-    return 0.0
+                if repeat:
+                    seconds.append(time.perf_counter() - started)
+    return [[statistics.median(seconds) for seconds in row] for row in found]
 
 
 def _mean(times: Sequence[float]) -> float:
-    return math.inf if math.inf in times else math.exp(statistics.fmean(map(math.log, times)))
+    return math.exp(statistics.fmean(map(math.log, times)))
 
 
 def _ms(rows: Sequence[int], times: Sequence[float]) -> dict[str, float]:
