@@ -25,7 +25,7 @@ from gptoss_jax.checkpoint.stored import Stored, new_folder
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.lora import EXPERTS
 from gptoss_jax.mxfp4 import MxTensor
-from gptoss_jax.ops.moe import merged
+from gptoss_jax.ops.experts import merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,14 @@ class MxTensor:
         return f"MxTensor(shape={self.shape}, {kind}, {self.nbytes} bytes)"
 
 
+def as_rows(weight_EFPD: MxTensor) -> MxTensor:
+    """[E, F, P, D] -> [E, F P, D]: the same bytes."""
+    E, F, P, _ = weight_EFPD.shape
+    return MxTensor(
+        weight_EFPD.blocks.reshape(E, F * P, -1, BYTES), weight_EFPD.scales.reshape(E, F * P, -1)
+    )
+
+
 def decode(blocks, scales, dtype=jnp.bfloat16) -> jax.Array:
     """Unpacks MXFP4 on the device.
 

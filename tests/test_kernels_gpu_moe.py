@@ -21,7 +21,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax import mxfp4, sharding
+from gptoss_jax import mxfp4, ops, sharding
 from gptoss_jax.cache import make_cache
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.gpu import blocks, moe, triton
@@ -29,9 +29,9 @@ from gptoss_jax.kernels.gpu.unpack import HIGH, LOW, unpack
 from gptoss_jax.model import apply, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
+from gptoss_jax.ops.experts import mlp as definition
 from gptoss_jax.ops.linear import LowRank, Rounded
 
-ops_moe = importlib.import_module("gptoss_jax.ops.moe")
 ALPHA, LIMIT = 1.702, 7.0
 X = 4
 # Several steps of each loop, several blocks of an expert's rows; sorted or not.
@@ -238,7 +238,7 @@ def test_every_pair_is_met_once_by_its_expert_and_no_expert_is_read_in_vain(M, c
 @jit
 def reference(*parts):
     with backends.use("xla"):
-        return ops_moe._mlp(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
+        return definition(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
 
 
 @pytest.mark.parametrize("M", [1, 21])
@@ -330,7 +330,7 @@ def interpreted(monkeypatch):
 
 
 def operation(x, shares, gate_up_bias, down_bias, ids, gate_up, down, low_rank=None, counted=None):
-    return ops_moe.expert_mlp(
+    return ops.expert_mlp(
         x, shares, ids, gate_up, gate_up_bias, down, down_bias, alpha=ALPHA, limit=LIMIT,
         counted_M=counted, low_rank=low_rank,
     )  # fmt: skip
@@ -418,7 +418,7 @@ def test_experts_spread_over_a_mesh(interpreted, monkeypatch):
     x, shares, gate_up_bias, down_bias, ids, gate_up, down = parts
 
     def total(x, shares):
-        out = ops_moe.expert_mlp(
+        out = ops.expert_mlp(
             x, shares, ids[:4], gate_up, gate_up_bias, down, down_bias, alpha=ALPHA, limit=LIMIT,
             rows=("data",),
         )  # fmt: skip
@@ -481,7 +481,7 @@ def test_kernels_and_gradient_lower_for_cuda(M):
     held, (shares, ids) = weights(E, D, F), routed(M, E)
 
     def total(x, shares):
-        out = ops_moe.expert_mlp(x, shares, ids, *held, alpha=ALPHA, limit=LIMIT)
+        out = ops.expert_mlp(x, shares, ids, *held, alpha=ALPHA, limit=LIMIT)
         return out.astype(jnp.float32).sum()
 
     for call, count in ((total, 2), (jax.grad(total, (0, 1)), 4)):

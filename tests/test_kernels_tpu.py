@@ -21,18 +21,18 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
-from gptoss_jax import loading, mxfp4, sharding
+from gptoss_jax import loading, mxfp4, ops, sharding
 from gptoss_jax.cache import make_cache
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.tpu import layout, moe
 from gptoss_jax.model import apply, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
+from gptoss_jax.ops.experts import mlp as definition
 from gptoss_jax.sampling import Sampling
 
 kernel_attention = importlib.import_module("gptoss_jax.kernels.tpu.attention")
 ops_attention = importlib.import_module("gptoss_jax.ops.attention")
-ops_moe = importlib.import_module("gptoss_jax.ops.moe")
 ALPHA, LIMIT = 1.702, 7.0
 X = 4
 # Buffers that nothing was written to hold NaN, and a read beyond an array raises.
@@ -257,7 +257,7 @@ def rms(x):
 @jit
 def reference(*parts):
     with backends.use("xla"):
-        return ops_moe._mlp(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
+        return definition(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
 
 
 @pytest.mark.parametrize("form", ["packed", "folded"])
@@ -527,7 +527,7 @@ def test_operations_take_the_kernels_where_they_are_forced_and_say_why_not(monke
 
     def run(up, dn):
         counted = jnp.asarray([True, True, False, True, True])
-        out = ops_moe.expert_mlp(
+        out = ops.expert_mlp(
             x, shares, ids, up, biases[0], dn, biases[1], alpha=ALPHA, limit=LIMIT,
             counted_M=counted,
         )  # fmt: skip

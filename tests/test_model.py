@@ -18,7 +18,7 @@ from gptoss_jax.cache import cache_bytes, full_positions, make_cache, ring_posit
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.model import forward, hidden, letters
-from gptoss_jax.ops import moe
+from gptoss_jax.ops import experts as ops_experts
 from gptoss_jax.ops.attention import banded
 
 attention_module = importlib.import_module(
@@ -207,7 +207,7 @@ def experts_by_loops(x, weights, experts, layer, limit, alpha):
 def test_experts_by_loops(rows, limit_bytes, load, monkeypatch):
     """All four paths (pairs or groups, at once or one after another), balanced or not."""
     if limit_bytes:
-        monkeypatch.setattr(moe, "UNPACKED_LIMIT", limit_bytes)
+        monkeypatch.setattr(ops_experts, "UNPACKED_LIMIT", limit_bytes)
     layer, generator = tiny.params()["layers"][1]["mlp"], np.random.default_rng(rows)
     x = (3 * generator.normal(size=(rows, 96))).astype(np.float32)
     experts = np.argsort(generator.random((rows, 12)), axis=1)[:, :4].astype(np.int32)
@@ -228,7 +228,7 @@ def test_experts_by_loops(rows, limit_bytes, load, monkeypatch):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.sampled_from([1, 4, 16]))
 def test_groups_hold_every_row_once(experts, block):
-    slots, sources, block_experts = moe.group(jnp.asarray(experts, jnp.int32), 7, block)
+    slots, sources, block_experts = ops_experts.group(jnp.asarray(experts, jnp.int32), 7, block)
     slots, sources, block_experts = (np.asarray(x) for x in (slots, sources, block_experts))
     assert len(set(slots.tolist())) == len(experts)
     for row, expert in enumerate(experts):

@@ -12,9 +12,9 @@ import pytest
 
 import gptoss_jax as gj
 from gptoss_jax import model as network
-from gptoss_jax import ops
 from gptoss_jax.chat.parse import well_formed
 from gptoss_jax.chat.render import render
+from gptoss_jax.ops import experts, experts_kernels
 from gptoss_jax.train.tiny_tasks import conversation, two_number_sum
 
 FOLDER = Path(gj.__file__).parent / "assets" / "gpt-oss-tiny"
@@ -92,8 +92,9 @@ def test_clamping_is_active(model, prompts, monkeypatch):
         jax.debug.callback(lambda x: clamped.append(float(x)), (jnp.abs(h_FP) > limit).mean())
         return swiglu(h_FP, alpha, limit)
 
-    swiglu = ops.moe.swiglu
-    monkeypatch.setattr(ops.moe, "swiglu", counting)
+    swiglu = experts.swiglu
+    for module in (experts, experts_kernels):
+        monkeypatch.setattr(module, "swiglu", counting)
     tokens, mask = padded(prompts[:4])
     run = jax.jit(lambda t, m: network.hidden(model.params, t, config=model.config, mask=m)[0])
     jax.block_until_ready(run(tokens, mask))

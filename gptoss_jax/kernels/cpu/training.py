@@ -15,8 +15,8 @@ def swiglu(
     alpha: float,
     limit: float,
 ) -> Float[Array, "P F"]:
-    """`ops.moe.swiglu` of h and its experts' biases; O = 2 F in pairs (gate, up), F a multiple of
-    16.
+    """`ops.experts.swiglu` of h and its experts' biases; O = 2 F in pairs (gate, up), F a multiple
+    of 16.
     """
     P, O = h_PO.shape
     call = _call("gptoss_swiglu", (P, O // 2))

@@ -24,7 +24,7 @@ from gptoss_jax.kernels.gpu import blocks, triton
 from gptoss_jax.kernels.gpu.blocks import Tile
 from gptoss_jax.kernels.gpu.triton import ds, load, program_id, store
 from gptoss_jax.kernels.gpu.unpack import BYTES, unpack
-from gptoss_jax.mxfp4 import MxTensor
+from gptoss_jax.mxfp4 import MxTensor, as_rows
 
 
 class Pairs(NamedTuple):
@@ -73,7 +73,7 @@ def mlp(
 
     Returns:
       float32 [M, D]. Sums are float32, the hidden activations are cast to x's dtype between the two
-      products (ops/moe.py is the definition).
+      products (ops/experts.py is the definition).
     """
     X, (E, F, P, D) = experts_MX.shape[1], gate_up_EFPD.shape
     tile, pairs = _arranged(experts_MX, E, x_MD.dtype, chosen)
@@ -131,14 +131,6 @@ def grouped_product_transposed(
         warps=tile.warps, stages=tile.stages, name="experts_transposed", interpret=interpret,
     )  # fmt: skip
     return _of_somebody(out_RI, experts_MX, E)
-
-
-def as_rows(gate_up_EFPD: MxTensor) -> MxTensor:
-    """[E, F, P, D] -> [E, F P, D]: the same bytes."""
-    E, F, P, _ = gate_up_EFPD.shape
-    return MxTensor(
-        gate_up_EFPD.blocks.reshape(E, F * P, -1, BYTES), gate_up_EFPD.scales.reshape(E, F * P, -1)
-    )
 
 
 def _of_somebody(out_RO, experts_MX, E):

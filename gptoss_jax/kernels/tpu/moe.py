@@ -74,7 +74,7 @@ def mlp(
 
     Returns:
       float32 [M, D]. Sums are float32, the hidden activations are cast to x's dtype between the two
-      products (ops/moe.py is the definition).
+      products (ops/experts.py is the definition).
     """
     M, D = x_MD.shape
     E = gate_up.shape[0]
