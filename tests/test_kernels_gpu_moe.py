@@ -238,7 +238,7 @@ def test_every_pair_is_met_once_by_its_expert_and_no_expert_is_read_in_vain(M, c
 @jit
 def reference(*parts):
     with backends.use("xla"):
-        return definition(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
+        return definition(*parts, low_rank={}, alpha=ALPHA, limit=LIMIT, some=True)
 
 
 @pytest.mark.parametrize("M", [1, 21])

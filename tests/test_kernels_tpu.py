@@ -257,7 +257,7 @@ def rms(x):
 @jit
 def reference(*parts):
     with backends.use("xla"):
-        return definition(*parts, {}, alpha=ALPHA, limit=LIMIT, some=True)
+        return definition(*parts, low_rank={}, alpha=ALPHA, limit=LIMIT, some=True)
 
 
 @pytest.mark.parametrize("form", ["packed", "folded"])
