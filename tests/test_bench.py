@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ import jsonschema
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 import gptoss_jax as gj
-from gptoss_jax import bounds, checkpoint, sharding
+from gptoss_jax import bounds, checkpoint, hf_names, sharding
 from gptoss_jax.bench import (
     compare,
     growth,
@@ -294,6 +296,42 @@ def test_random_parameters_are_the_same_on_a_mesh():
     jax.tree.map(np.testing.assert_array_equal, spread, random_params(tiny.CONFIG))
     blocks = spread["layers"][0]["mlp"]["down"].blocks
     assert blocks.addressable_shards[0].data.shape[0] == tiny.CONFIG.num_experts // 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install -e '.[plan]'"
+)
+@pytest.mark.parametrize(
+    ("name", "topology", "sizes"),
+    [
+        ("gpt-oss-20b", "v6e:1x1", None),
+        ("gpt-oss-120b", "v6e:2x2", {"expert": 2, "tensor": 2}),
+        ("gpt-oss-120b", "v6e:2x2", {"fsdp": 4}),
+    ],
+)
+def test_tpus_draw_their_parts_in_place(name, topology, sizes):
+    """Compiled for TPUs that are not there, as load would lay the arrays out."""
+    from gptoss_jax.plan import hardware, programs
+
+    devices = programs.devices(hardware.parse(topology))
+    config, _ = config_of(name, 1)
+    mesh = sharding.make_mesh(sizes, config, devices) if sizes else None
+    orders = 0
+    for leaf in hf_names.leaves(config, "mxfp4"):
+        where: Any = SingleDeviceSharding(devices[0])
+        if mesh is not None:
+            where = NamedSharding(mesh, sharding.parameter_spec(leaf.path, leaf.letters))
+        least = math.prod(where.shard_shape(leaf.shape)) * (1 if leaf.packed else 2)
+        laid_out = sharding.laid_out(leaf.letters, where)
+        orders += laid_out is not where
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        kind = np.dtype(np.uint8) if leaf.packed else np.dtype(jnp.bfloat16)
+        traced = weights._program(laid_out).trace(leaf.shape, kind, leaf.path[-1], seed)
+        memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= 1 << 14, leaf
+        assert least <= memory.output_size_in_bytes < 1.2 * least + 10_000, leaf  # padding
+    assert orders == 2  # the scales of gate_up and down
 
 
 def test_a_model_of_fewer_layers_keeps_their_kinds():
