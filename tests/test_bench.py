@@ -329,7 +329,7 @@ def test_tpus_draw_their_parts_in_place(name, topology, sizes):
         kind = np.dtype(np.uint8) if leaf.packed else np.dtype(jnp.bfloat16)
         traced = weights._program(laid_out).trace(leaf.shape, kind, leaf.path[-1], seed)
         memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
-        assert memory.temp_size_in_bytes <= 1 << 14, leaf
+        assert memory.temp_size_in_bytes <= 1 << 16, leaf
         assert least <= memory.output_size_in_bytes < 1.2 * least + 10_000, leaf  # padding
     assert orders == 2  # the scales of gate_up and down
 

@@ -151,7 +151,7 @@ def random_params(
 
 def draw(shape: tuple[int, ...], dtype: Any, name: Any, seed: int, where: Any = None) -> jax.Array:
     """An array as `fill` makes it, drawn on the devices, each its own part: no copy, and at most
-    16 KB of temporaries (gpt-oss's arrays, compiled for v6e).
+    64 KB of temporaries (gpt-oss's arrays, compiled for v6e).
 
     Args:
       shape: Fewer than 2^32 values.
