@@ -29,7 +29,7 @@ inline float widen(uint16_t x) {
 }
 
 // Multiplications that a thread is called for: it takes as long to come as these do.
-constexpr int64_t kWorthwhile = 1 << 20;
+constexpr int64_t kWorthwhile = 1 << 17;
 
 // Calls task(i) for i < count on as many threads as XLA has, this one among them; `work` is what there is to multiply.
 void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, const std::function<void(int64_t)>& task) {
@@ -72,33 +72,31 @@ std::vector<char> operands(ffi::ThreadPool& pool, const Arithmetic* use, const v
                            int64_t width, int64_t padded, int group) {
   std::vector<char> out(rows * padded * use->bytes);
   const auto one = [&](int64_t row) {
-    const auto value = [&](int64_t k, auto& to) {
-      if constexpr (sizeof to == 2)
-        to = static_cast<const uint16_t*>(x)[row * width + k];
-      else
-        to = kind == Kind::kBfloat16 ? widen(static_cast<const uint16_t*>(x)[row * width + k])
-                                     : static_cast<const float*>(x)[row * width + k];
-    };
-    const auto fill = [&](auto* to) {
-      if (!group) {
-        for (int64_t k = 0; k < width; k++) value(k, to[k]);
-        for (int64_t k = width; k < padded; k++) to[k] = 0;
-        return;
-      }
-      for (int64_t start = 0; start < padded; start += group)
-        for (int64_t i = 0; i < group; i++) {
-          const int64_t k = start + i, at = start + (i % 2) * (group / 2) + i / 2;
-          if (k < width)
-            value(k, to[at]);
-          else
-            to[at] = 0;
+    const auto fill = [&](const auto* from, auto* to) {
+      const auto as = [](auto value) {
+        if constexpr (sizeof *from < sizeof *to)
+          return widen(value);
+        else
+          return value;
+      };
+      const int64_t half = group / 2, whole = group ? width / group * group : width;
+      if (!group)
+        for (int64_t k = 0; k < width; k++) to[k] = as(from[k]);
+      for (int64_t start = 0; group && start < whole; start += group)
+        for (int64_t i = 0; i < half; i++) {
+          to[start + i] = as(from[start + 2 * i]);
+          to[start + half + i] = as(from[start + 2 * i + 1]);
         }
+      for (int64_t k = whole; k < padded; k++) to[k] = 0;
+      for (int64_t i = 0; i < width - whole; i++) to[whole + i % 2 * half + i / 2] = as(from[whole + i]);
     };
     char* to = out.data() + row * padded * use->bytes;
     if (use->bytes == 2)
-      fill(reinterpret_cast<uint16_t*>(to));
+      fill(static_cast<const uint16_t*>(x) + row * width, reinterpret_cast<uint16_t*>(to));
+    else if (kind == Kind::kBfloat16)
+      fill(static_cast<const uint16_t*>(x) + row * width, reinterpret_cast<float*>(to));
     else
-      fill(reinterpret_cast<float*>(to));
+      fill(static_cast<const float*>(x) + row * width, reinterpret_cast<float*>(to));
   };
   if (rows < 16)
     for (int64_t row = 0; row < rows; row++) one(row);

@@ -198,7 +198,11 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
         if (group == 1)
           std::memcpy(to, from, columns * 4);
         else
-          for (int64_t c = 0; c < columns; c++) to[c] = from[c / group * group + c % 2 * half + c % group / 2];
+          for (int64_t c = 0; c < columns; c += group)
+            for (int64_t i = 0; i < half && c + 2 * i < columns; i++) {
+              to[c + 2 * i] = from[c + i];
+              to[c + 2 * i + 1] = from[c + half + i];
+            }
       }
     }
   });
