@@ -1,6 +1,7 @@
-"""The CPU's low-rank additions and their gradients, against sums in float64."""
+"""The CPU's products with low-rank additions and their gradients, against sums in float64."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.ops import LowRank, backends, linear
-from gptoss_jax.ops.linear import grouped_low_rank
+from gptoss_jax.ops.linear import PACKED, Base, adapted_product
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
 
@@ -21,20 +22,39 @@ def arithmetic(request):
     library.choose(library.arithmetics()[0])
 
 
+def chosen(z, experts):
+    """Of each row's experts; zeros of nobody."""
+    return jnp.concatenate([z, jnp.zeros_like(z[:1])])[experts]
+
+
+# A product and its gradients as sums of their definition, so that what is tested is what is added.
+BASE = Base(
+    lambda x, experts, w: jnp.einsum(
+        "MXOI,MI->MXO", chosen(w, experts), x, preferred_element_type=jnp.float32
+    ),
+    lambda g, experts, w: jnp.einsum(
+        "MXOI,MXO->MXI", chosen(w, experts), g, preferred_element_type=jnp.float32
+    ),
+    lambda g, x, w: None,
+)
+
+
 def case(M, X, E, inputs, outputs, R, dtype, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = (M, X, outputs), (M, inputs), (E, R, inputs), (E, outputs, R), (M, R)
-    y, x, a, b, gain = (rng.normal(size=shape) for shape in shapes)
+    shapes = (E, outputs, inputs), (M, inputs), (E, R, inputs), (E, outputs, R), (M, R), (outputs,)
+    weight, x, a, b, gain, bias = (rng.normal(size=shape) for shape in shapes)
     experts = jnp.asarray(rng.integers(0, E + 1, (M, X)).astype(np.int32))  # E is nobody
-    arrays = [jnp.asarray(y, jnp.float32)]
-    arrays += [jnp.asarray(z, dtype) for z in (x, a, b)] + [jnp.asarray(gain, jnp.float32)]
-    return arrays, experts
+    arrays = [jnp.asarray(z, dtype) for z in (x, a, b)]
+    arrays += [jnp.asarray(z, jnp.float32) for z in (gain, bias)]
+    return jnp.asarray(weight, dtype), arrays, experts
 
 
-def exact(experts, y, x, a, b, gain):
-    a, b = (jnp.concatenate([z, jnp.zeros_like(z[:1])])[experts] for z in (a, b))
+def exact(experts, weight, x, a, b, gain, bias):
+    here = (experts < len(a))[..., None]
+    a, b, weight = (chosen(z, experts) for z in (a, b, weight))
     h = jnp.einsum("MXRI,MI->MXR", a, x) * gain[:, None]
-    return y + jnp.einsum("MXOR,MXR->MXO", b, h)
+    out = jnp.einsum("MXOI,MI->MXO", weight, x) + jnp.einsum("MXOR,MXR->MXO", b, h)
+    return out + jnp.where(here, bias, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -43,19 +63,18 @@ def exact(experts, y, x, a, b, gain):
     [(1, 4, 5, 96, 40, 8), (7, 2, 3, 33, 17, 5), (700, 2, 3, 64, 48, 8), (90, 1, 1, 20, 30, 19)],
 )
 def test_sums_and_gradients_in_float64(arithmetic, M, X, E, inputs, outputs, R, dtype):
-    arrays, experts = case(M, X, E, inputs, outputs, R, dtype)
+    base, arrays, experts = case(M, X, E, inputs, outputs, R, dtype)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(M, X, outputs)), jnp.float32)
 
     @jax.jit
-    def run(y, x, a, b, gain):
-        out, pull = jax.vjp(
-            lambda y, x, a, b, gain: grouped_low_rank(y, x, experts, a, b, gain), y, x, a, b, gain
-        )
+    def run(*arrays):
+        call = functools.partial(adapted_product, BASE)
+        out, pull = jax.vjp(lambda x, *rest: call(x, experts, base, *rest), *arrays)
         return out, *pull(weight)
 
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(z.astype(jnp.float32), np.float64)) for z in arrays]
-        out, pull = jax.vjp(lambda *arrays: exact(np.asarray(experts), *arrays), *wide)
+        wide = [jnp.asarray(np.asarray(z.astype(jnp.float32), np.float64)) for z in (base, *arrays)]
+        out, pull = jax.vjp(functools.partial(exact, np.asarray(experts), wide[0]), *wide[1:])
         expected = [
             np.asarray(z) for z in (out, *pull(jnp.asarray(np.asarray(weight), jnp.float64)))
         ]
@@ -68,11 +87,11 @@ def test_sums_and_gradients_in_float64(arithmetic, M, X, E, inputs, outputs, R, 
 
 
 def test_a_row_does_not_depend_on_the_others(arithmetic):
-    (y, x, a, b, gain), experts = case(300, 2, 3, 64, 48, 8, jnp.float32)
-    call = jax.jit(grouped_low_rank)
-    whole = call(y, x, experts, a, b, gain)
+    weight, (x, a, b, gain, bias), experts = case(300, 2, 3, 64, 48, 8, jnp.float32)
+    call = jax.jit(functools.partial(adapted_product, PACKED))
+    whole = call(x, experts, weight, a, b, gain, bias)
     for rows in (slice(0, 1), slice(5, 40), slice(100, 300)):
-        found = call(y[rows], x[rows], experts[rows], a, b, gain[rows])
+        found = call(x[rows], experts[rows], weight, a, b, gain[rows], bias)
         np.testing.assert_array_equal(found, whole[rows])
 
 

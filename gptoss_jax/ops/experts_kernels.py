@@ -12,7 +12,7 @@ from gptoss_jax.kernels import cpu
 from gptoss_jax.mxfp4 import MxTensor, as_rows
 from gptoss_jax.ops import backends, trained
 from gptoss_jax.ops.experts import additions_of, group, in_blocks, swiglu
-from gptoss_jax.ops.linear import LowRank, grouped_low_rank, low_rank_product
+from gptoss_jax.ops.linear import PACKED, LowRank, adapted_product, low_rank_product
 from gptoss_jax.ops.product import packed_product
 
 LOW_RANK_BLOCK = 16  # rows of one expert in a batch of low-rank products
@@ -46,11 +46,13 @@ def mlp_on_cpu(
 
     def times(name, rows_RI, experts_RX, weight):
         """Rows, each with its experts -> those of every pair [M X, O], float32."""
-        out: Any = packed_product(rows_RI, experts_RX, weight)
         if name in low_rank:
             a, b, gain_MR = low_rank[name]
             gain = jnp.repeat(gain_MR, len(rows_RI) // M, axis=0)
-            out = grouped_low_rank(out, rows_RI, experts_RX, a, b.reshape(E, -1, a.shape[1]), gain)
+            addition = a, b.reshape(E, -1, a.shape[1]), gain
+            out: Any = adapted_product(PACKED, rows_RI, experts_RX, weight, *addition)
+        else:
+            out = packed_product(rows_RI, experts_RX, weight)
         return out.reshape(M * X, -1)
 
     h = times("gate_up", x_MD, experts_MX, as_rows(gate_up_EFPD))

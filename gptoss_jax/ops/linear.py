@@ -1,17 +1,19 @@
 """Dense products with bias, and low-rank additions to them."""
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gptoss_jax import sharding
 from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
-from gptoss_jax.ops.product import product
+from gptoss_jax.ops.product import product, product_transposed
 
 
 class LowRank(NamedTuple):
@@ -64,61 +66,118 @@ def linear(
     Returns:
       The product in x's dtype.
     """
-    out = product(subscripts, x, weight)
-    if addition is not None:
-        with jax.named_scope("low_rank"):
-            out = add_low_rank(subscripts, out, x, addition)
-    if bias is not None:
-        out = out + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
+    if addition is None:
+        out = product(subscripts, x, weight)
+        return (out if bias is None else out + _as(bias, out)).astype(x.dtype)
+    rows = _letters(subscripts)[0]
+
+    def reference(x, weight, bias, addition):
+        out = product(subscripts, x, weight) + low_rank_product(subscripts, x, addition)
+        return out if bias is None else out + _as(bias, out)
+
+    def kernel(x, weight, bias, addition):
+        M, R = math.prod(x.shape[: len(rows)]), addition.a.shape[0]
+        inputs, gain_BR = math.prod(x.shape[len(rows) :]), addition.gain_BR
+        repeated = (len(gain_BR), M // len(gain_BR), R)
+        out: Any = adapted_product(
+            DENSE,
+            x.reshape(M, inputs),
+            jnp.zeros((M, 1), jnp.int32),
+            weight.reshape(-1, inputs),
+            addition.a.reshape(1, R, inputs),
+            addition.b.reshape(1, -1, R),
+            jnp.broadcast_to(gain_BR[:, None], repeated).reshape(M, R),
+            None if bias is None else bias.reshape(-1).astype(jnp.float32),
+        )
+        return out.reshape(*x.shape[: len(rows)], *addition.b.shape[:-1])
+
+    why = "the mesh's partitioner knows einsums only" if sharding.current() else cpu.why_not()
+    parts = x, weight, bias, addition
+    with jax.named_scope("low_rank"):
+        out = backends.run("product", reference, {"cpu": Backend(kernel, why)}, *parts)
     return out.astype(x.dtype)
 
 
-def add_low_rank(
-    subscripts: str, out: jax.Array, x: jax.Array, addition: LowRank
-) -> Float[Array, "..."]:
-    """out + `low_rank_product`, float32; arguments as there."""
-    rows = _letters(subscripts)[0]
-
-    def reference(out, x, addition):
-        return out + low_rank_product(subscripts, x, addition)
-
-    def kernel(out, x, addition):
-        M, R = math.prod(x.shape[: len(rows)]), addition.a.shape[0]
-        gain_BR = addition.gain_BR
-        repeated = (len(gain_BR), M // len(gain_BR), R)
-        gain_MR = jnp.broadcast_to(gain_BR[:, None], repeated).reshape(M, R)
-        return grouped_low_rank(
-            out.reshape(M, 1, -1),
-            x.reshape(M, -1),
-            jnp.zeros((M, 1), jnp.int32),
-            addition.a.reshape(1, R, -1),
-            addition.b.reshape(1, -1, R),
-            gain_MR,
-        ).reshape(out.shape)
-
-    why = "the mesh's partitioner knows einsums only" if sharding.current() else cpu.why_not()
-    return backends.run("product", reference, {"cpu": Backend(kernel, why)}, out, x, addition)
+def _as(bias: jax.Array, out: jax.Array) -> jax.Array:
+    """A bias over the last axes of `out`."""
+    return jnp.expand_dims(bias.astype(jnp.float32), tuple(range(out.ndim - bias.ndim)))
 
 
-@jax.custom_vjp
-def grouped_low_rank(y_MXO, x_MI, experts_MX, a_ERI, b_EOR, gain_MR) -> Float[Array, "M X O"]:
-    """`kernels.cpu.add_low_rank` and its gradient."""
-    return cpu.add_low_rank(y_MXO, x_MI, experts_MX, a_ERI, b_EOR, gain_MR)[0]
+class Base(NamedTuple):
+    """A product that something is added to.
+
+    Attributes:
+      product: Of x [M, I], experts [M, X] and the weight: float32 [M, X, O].
+      to_x: Of its gradient [M, X, O], experts and the weight: that of x for each choice, float32
+        [M, X, I].
+      to_weight: Of its gradient, x and the weight: that of the weight, or None if it is frozen.
+    """
+
+    product: Callable[..., Any]
+    to_x: Callable[..., Any]
+    to_weight: Callable[..., Any]
 
 
-def _forward(y_MXO, *parts):
-    out, h = cpu.add_low_rank(y_MXO, *parts)
-    return out, (parts, h)
+DENSE = Base(
+    lambda x, experts, weight: product("MI,OI->MO", x, weight)[:, None],
+    lambda g, experts, weight: product_transposed("MI,OI->MO", g[:, 0], weight)[:, None],
+    lambda g, x, weight: jnp.einsum("MXO,MI->OI", g, x, preferred_element_type=jnp.float32).astype(
+        weight.dtype
+    ),
+)
+PACKED = Base(cpu.grouped_product, cpu.grouped_product_transposed, lambda g, x, weight: None)
 
 
-def _backward(kept, gradient):
-    (x, experts, a, b, gain), h = kept
-    to_x, to_a, to_b, to_gain = cpu.add_low_rank_gradient(gradient, x, experts, a, b, gain, h)
-    to_x = to_x.sum(1).astype(x.dtype)
-    return gradient, to_x, None, to_a.astype(a.dtype), to_b.astype(b.dtype), to_gain.sum(1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def adapted_product(
+    base: Base,
+    x_MI: Float[Array, "M I"],
+    experts_MX: Int[Array, "M X"],
+    weight: Any,
+    a_ERI: Float[Array, "E R I"],
+    b_EOR: Float[Array, "E O R"],
+    gain_MR: Float[Array, "M R"],
+    bias_O: Float[Array, " O"] | None = None,
+) -> Float[Array, "M X O"]:
+    """A product with the weights of the experts that each row names, a low-rank addition to them by
+    the CPU's kernel, and a bias; float32. Nothing is added where the expert is nobody's (E or
+    more).
+
+    Args:
+      base: Computes the product.
+      x_MI: Activations.
+      experts_MX: int32.
+      weight: What `base` multiplies with.
+      a_ERI: Of LowRank.
+      b_EOR: Of LowRank.
+      gain_MR: float32.
+      bias_O: float32.
+    """
+    return _adapted_forward(base, x_MI, experts_MX, weight, a_ERI, b_EOR, gain_MR, bias_O)[0]
 
 
-grouped_low_rank.defvjp(_forward, _backward)
+def _adapted_forward(base, x, experts, weight, a, b, gain, bias):
+    out = base.product(x, experts, weight)
+    out, h = cpu.add_low_rank(out, x, experts, a, b, gain, bias)
+    return out, ((x, experts, weight, a, b, gain, bias), h)
+
+
+def _adapted_backward(base, kept, gradient):
+    (x, experts, weight, a, b, gain, bias), h = kept
+    rounded = gradient.astype(x.dtype)  # as in ops/product.py
+    through = base.to_x(rounded, experts, weight)
+    to_x, to_a, to_b, to_gain = cpu.add_low_rank_gradient(
+        gradient, x, experts, a, b, gain, h, through
+    )
+    to_weight = base.to_weight(rounded, x, weight)
+    here = ((experts >= 0) & (experts < len(a)))[..., None]
+    to_bias = None if bias is None else jnp.where(here, gradient, 0).sum((0, 1))
+    to_x, to_gain = (g.sum(1) if g.shape[1] > 1 else g[:, 0] for g in (to_x, to_gain))
+    parts = to_a.astype(a.dtype), to_b.astype(b.dtype), to_gain, to_bias
+    return to_x.astype(x.dtype), None, to_weight, *parts
+
+
+adapted_product.defvjp(_adapted_forward, _adapted_backward)
 
 
 def low_rank_product(subscripts: str, x: jax.Array, addition: LowRank) -> jax.Array:

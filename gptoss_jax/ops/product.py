@@ -34,16 +34,20 @@ def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    def reference(x, weight):
-        return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
-
     given, result = subscripts.split("->")
     a, b = given.split(",")
     rows, outputs, inputs = _matrix_letters(a, b, result)
     size = dict(zip(a + b, x.shape + weight.shape, strict=True))
+    M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
+
+    def reference(x, weight):
+        times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if _as_matrices((a, rows + inputs), (b, outputs + inputs), (result, rows + outputs)):
+            out = times("MK,NK->MN", x.reshape(M, K), weight.reshape(N, K))
+            return out.reshape([size[i] for i in result])
+        return times(subscripts, x, weight)
 
     def kernel(x, weight):
-        M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
         out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
         return out.reshape([size[i] for i in result])
 
@@ -59,6 +63,14 @@ def _matrix_letters(a: str, b: str, result: str) -> tuple[str, str, str]:
     """Letters of rows, outputs and inputs of einsum("a,b->result")."""
     rows = "".join(i for i in a if i in result)
     return rows, "".join(i for i in b if i in result), "".join(i for i in a if i not in result)
+
+
+def _as_matrices(*letters: tuple[str, str]) -> bool:
+    """Whether operands are taken as matrices, each of whose letters stand as wanted: XLA's CPU
+    compiler turns an operand over in memory to sum over two of its axes.
+    """
+    plain = all(given == wanted for given, wanted in letters)
+    return plain and sharding.current() is None and backends.platform() == "cpu"
 
 
 def _first(rows: int) -> jax.Array:
@@ -85,23 +97,26 @@ def _backward(subscripts, kept, gradient):
     a, b = given.split(",")
     gradient = gradient.astype(x.dtype)
     to_weight = jnp.einsum(f"{a},{result}->{b}", x, gradient, preferred_element_type=jnp.float32)
-    to_x = _product_transposed(subscripts, gradient, weight)
+    to_x = product_transposed(subscripts, gradient, weight)
     return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
 
 
-def _product_transposed(subscripts, gradient, weight):
+def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    """The gradient of `product` with respect to x, float32; `gradient` in x's dtype."""
     given, result = subscripts.split("->")
     a, b = given.split(",")
     rows, outputs, inputs = _matrix_letters(a, b, result)
     size = dict(zip(result + b, gradient.shape + weight.shape, strict=True))
+    M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
 
     def reference(gradient, weight):
-        return jnp.einsum(
-            f"{result},{b}->{a}", gradient, weight, preferred_element_type=jnp.float32
-        )
+        times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if _as_matrices((a, rows + inputs), (b, outputs + inputs), (result, rows + outputs)):
+            out = times("MN,NK->MK", gradient.reshape(M, N), weight.reshape(N, K))
+            return out.reshape([size[i] for i in a])
+        return times(f"{result},{b}->{a}", gradient, weight)
 
     def kernel(gradient, weight):
-        M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
         out = cpu.grouped_product_transposed(
             gradient.reshape(M, 1, N), _first(M), weight.reshape(1, N, K)
         )

@@ -1,5 +1,5 @@
-// Low-rank additions to products with the weights of the experts that each row names: y += b (gain * (a x)), and their
-// gradient. A plain weight is one expert. All products are of float32; bfloat16 is widened first.
+// Low-rank additions to products with the weights of the experts that each row names: y + b (gain * (a x)) + bias, and
+// their gradient. A plain weight is one expert. All products are of float32; bfloat16 is widened first.
 //
 // A task has some rows of one expert, copied beside each other, and its a and b as the products want them.
 #include <cstdint>
@@ -39,7 +39,9 @@ struct LowRank {
   const float* gain;       // [rows, R]
   const int32_t* experts;  // [rows, choices]
   int64_t rows, choices, E, I, O, R;
-  float* h;  // [rows, choices, R]: a x
+  const float* y;     // [rows, choices, O]: what is added to
+  const float* bias;  // [O], or null
+  float* h;           // [rows, choices, R]: a x
   std::vector<int64_t> pairs;
   std::vector<Task> tasks;
 
@@ -66,23 +68,24 @@ struct LowRank {
   }
 };
 
-// b of an expert: [R, O16], zeros behind.
-void turned(const LowRank& p, int64_t expert, float* to) {
-  std::memset(to, 0, 4 * p.R * p.O16());
-  for (int64_t o = 0; o < p.O; o++)
-    for (int64_t r = 0; r < p.R; r++) to[r * p.O16() + o] = p.b[(expert * p.O + o) * p.R + r];
+// A matrix [N, K] turned over: [K, N16], zeros behind.
+void turned(const LowRank& p, const Values& from, int64_t at, int64_t N, int64_t K, float* to) {
+  const int64_t N16 = (N + 15) / 16 * 16;
+  if (N < N16) std::memset(to, 0, 4 * K * N16);
+  if (from.kind == Kind::kFloat32 && K % 4 == 0)
+    return p.use->transpose(static_cast<const float*>(from.at) + at, K, int(N), int(K), to, N16);
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t k = 0; k < K; k++) to[k * N16 + n] = from[at + n * K + k];
 }
 
-void forward(const LowRank& p, const Task& task, float* y) {
+void forward(const LowRank& p, const Task& task, float* to) {
   const int64_t I = p.I16(), O = p.O16(), R = p.R16(), block = p.block();
   float* a = static_cast<float*>(scratch<0>(4 * I * R));  // [I, R16]
   float* b = static_cast<float*>(scratch<1>(4 * p.R * O));
   float* x = static_cast<float*>(scratch<2>(4 * block * (I + O + R)));
   float *out = x + block * I, *h = out + block * O;
-  std::memset(a, 0, 4 * I * R);
-  for (int64_t r = 0; r < p.R; r++)
-    for (int64_t i = 0; i < p.I; i++) a[i * R + r] = p.a[(task.expert * p.R + r) * p.I + i];
-  turned(p, task.expert, b);
+  turned(p, p.a, task.expert * p.R * p.I, p.R, p.I, a);
+  turned(p, p.b, task.expert * p.O * p.R, p.O, p.R, b);
   for (int64_t from = 0; from < task.count; from += block) {
     const int64_t* pairs = p.pairs.data() + task.start + from;
     const int64_t some = std::min(block, task.count - from);
@@ -94,14 +97,17 @@ void forward(const LowRank& p, const Task& task, float* y) {
       for (int64_t r = 0; r < p.R; r++) h[m * R + r] *= gain[r];
     }
     p.use->product(h, R, 1, int(some), b, O, int(p.R), int(O), out, O, false);
-    for (int64_t m = 0; m < some; m++)
-      for (int64_t o = 0; o < p.O; o++) y[pairs[m] * p.O + o] += out[m * O + o];
+    for (int64_t m = 0; m < some; m++) {
+      const float* y = p.y + pairs[m] * p.O;
+      for (int64_t o = 0; o < p.O; o++) to[pairs[m] * p.O + o] = y[o] + out[m * O + o];
+      for (int64_t o = 0; p.bias && o < p.O; o++) to[pairs[m] * p.O + o] += p.bias[o];
+    }
   }
 }
 
 struct Gradients {
-  const float* y;  // [rows, choices, O]
-  float *x, *gain;  // [rows, choices, I], [rows, choices, R]
+  const float *y, *base;  // [rows, choices, O], and the base's gradient of x [rows, choices, I]
+  float *x, *gain;        // [rows, choices, I], [rows, choices, R]
 };
 
 // Sums of a task's rows: a's gradient [R, I16] and b's [R, O16].
@@ -134,12 +140,16 @@ void backward(const LowRank& p, const Task& task, const Gradients& d, float* d_a
     p.use->product(d_h, 1, R, int(p.R), x, I, int(some), int(I), d_a, I, true);
     p.use->product(h, 1, R, int(p.R), d_y, O, int(some), int(O), d_b, O, true);
     p.use->product(d_h, R, 1, int(some), a, I, int(p.R), int(I), d_x, I, false);
-    for (int64_t m = 0; m < some; m++) std::memcpy(d.x + pairs[m] * p.I, d_x + m * I, 4 * p.I);
+    for (int64_t m = 0; m < some; m++) {
+      const float* base = d.base + pairs[m] * p.I;
+      for (int64_t i = 0; i < p.I; i++) d.x[pairs[m] * p.I + i] = base[i] + d_x[m * I + i];
+    }
   }
 }
 
 ffi::ErrorOr<LowRank> problem(ffi::AnyBuffer& x, ffi::Buffer<ffi::S32>& experts, ffi::AnyBuffer& a, ffi::AnyBuffer& b,
-                              ffi::Buffer<ffi::F32>& gain, float* h) {
+                              ffi::Buffer<ffi::F32>& gain, float* h, const float* y = nullptr,
+                              const float* bias = nullptr) {
   Values values[3];
   const ffi::AnyBuffer* given[3] = {&x, &a, &b};
   for (int i = 0; i < 3; i++) {
@@ -151,44 +161,51 @@ ffi::ErrorOr<LowRank> problem(ffi::AnyBuffer& x, ffi::Buffer<ffi::S32>& experts,
   if (int64_t(x.element_count()) != d[0] * e[2] || int64_t(gain.element_count()) != d[0] * e[1] || f[2] != e[1])
     return ffi::Unexpected(ffi::Error::InvalidArgument("shapes of x, a, b and gains do not fit"));
   return LowRank{arithmetic_for(Kind::kFloat32), values[0], values[1], values[2], gain.typed_data(), experts.typed_data(),
-                 d[0], d[1], e[0], e[2], f[1], e[1], h, {}, {}};
+                 d[0], d[1], e[0], e[2], f[1], e[1], y, bias, h, {}, {}};
 }
 
-// y float32 [rows, choices, O] (the same array as the result), x [rows, I], experts [rows, choices], a [E, R, I],
-// b [E, O, R], gain float32 [rows, R] -> y with what is added, and a x float32 [rows, choices, R].
+// Rows [width] of pairs that are nobody's, as `from` has them.
+void pass_by(const LowRank& p, const float* from, int64_t width, float* to) {
+  if (int64_t(p.pairs.size()) == p.rows * p.choices) return;
+  for (int64_t i = 0; i < p.rows * p.choices; i++)
+    if (p.experts[i] < 0 || p.experts[i] >= p.E) std::memcpy(to + i * width, from + i * width, 4 * width);
+}
+
+// y float32 [rows, choices, O], x [rows, I], experts [rows, choices], a [E, R, I], b [E, O, R], gain float32 [rows, R], bias
+// float32 [O] or none -> y with what is added, and a x float32 [rows, choices, R].
 ffi::Error low_rank(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
-                    ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Buffer<ffi::F32> gain, ffi::ResultBuffer<ffi::F32> out,
-                    ffi::ResultBuffer<ffi::F32> h) {
-  auto made = problem(x, experts, a, b, gain, h->typed_data());
+                    ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::F32> bias,
+                    ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> h) {
+  auto made = problem(x, experts, a, b, gain, h->typed_data(), y.typed_data(),
+                      bias.element_count() ? bias.typed_data() : nullptr);
   if (!made.has_value()) return made.error();
   LowRank p = made.value();
-  if (out->typed_data() != y.typed_data()) std::memcpy(out->typed_data(), y.typed_data(), y.size_bytes());
   p.group(p.block());
   if (int64_t(p.pairs.size()) < p.rows * p.choices) std::memset(p.h, 0, h->size_bytes());
+  pass_by(p, p.y, p.O, out->typed_data());
   parallel(pool, p.tasks.size(), p.pairs.size() * p.R16() * (p.I + p.O),
            [&](int64_t i) { forward(p, p.tasks[i], out->typed_data()); });
   return ffi::Error::Success();
 }
 
-// The gradient of y, what `low_rank` takes but for y, and a x -> float32 gradients: of x for each choice
-// [rows, choices, I], of a, of b, and of gain for each choice [rows, choices, R].
+// The gradient of y, what `low_rank` takes but for y and bias, a x, and the gradient of x for each choice [rows, choices, I]
+// that comes through y -> float32 gradients: the whole one of x, of a, of b, and of gain for each choice [rows, choices, R].
 ffi::Error low_rank_gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> d_y, ffi::AnyBuffer x,
                              ffi::Buffer<ffi::S32> experts, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Buffer<ffi::F32> gain,
-                             ffi::Buffer<ffi::F32> h, ffi::ResultBuffer<ffi::F32> d_x, ffi::ResultBuffer<ffi::F32> d_a,
-                             ffi::ResultBuffer<ffi::F32> d_b, ffi::ResultBuffer<ffi::F32> d_gain) {
+                             ffi::Buffer<ffi::F32> h, ffi::Buffer<ffi::F32> base, ffi::ResultBuffer<ffi::F32> d_x,
+                             ffi::ResultBuffer<ffi::F32> d_a, ffi::ResultBuffer<ffi::F32> d_b,
+                             ffi::ResultBuffer<ffi::F32> d_gain) {
   auto made = problem(x, experts, a, b, gain, h.typed_data());
   if (!made.has_value()) return made.error();
   LowRank p = made.value();
   p.group(kPart * p.block());
   std::memset(d_a->typed_data(), 0, d_a->size_bytes());
   std::memset(d_b->typed_data(), 0, d_b->size_bytes());
-  if (int64_t(p.pairs.size()) < p.rows * p.choices) {
-    std::memset(d_x->typed_data(), 0, d_x->size_bytes());
-    std::memset(d_gain->typed_data(), 0, d_gain->size_bytes());
-  }
+  if (int64_t(p.pairs.size()) < p.rows * p.choices) std::memset(d_gain->typed_data(), 0, d_gain->size_bytes());
+  pass_by(p, base.typed_data(), p.I, d_x->typed_data());
   const int64_t I = p.I16(), O = p.O16(), each = p.R * (I + O);
   std::vector<float> sums(p.tasks.size() * each);
-  const Gradients d{d_y.typed_data(), d_x->typed_data(), d_gain->typed_data()};
+  const Gradients d{d_y.typed_data(), base.typed_data(), d_x->typed_data(), d_gain->typed_data()};
   parallel(pool, p.tasks.size(), 2 * p.pairs.size() * p.R16() * (p.I + p.O), [&](int64_t i) {
     backward(p, p.tasks[i], d, sums.data() + i * each, sums.data() + i * each + p.R * I);
   });
@@ -217,6 +234,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_low_rank, low_rank,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
@@ -228,6 +246,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_low_rank_gradient, low_rank_gradient,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
