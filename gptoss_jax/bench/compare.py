@@ -82,10 +82,7 @@ def compare(
         "transformers": [*module, "gptoss_jax.bench.peer_transformers", *flags, *peer],
     }
     if "llama.cpp" in peers and "llama.cpp" not in absent:
-        file = settings.with_suffix(".gguf")
-        if not file.exists():
-            say(f"writing {file}, once")
-            _child([*module, "gptoss_jax.bench.gguf_file", str(file), "--model", source, *depth])
+        file = llama_file(source, layers, say)
         commands["llama.cpp"] = [*module, "gptoss_jax.bench.peer_llamacpp", *flags, *peer]
         commands["llama.cpp"] += ["--file", str(file)]
     running = [OURS, *(name for name in peers if name not in absent)]
@@ -132,6 +129,22 @@ def _summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _child(command: Sequence[str]) -> str:
     """The last line that a process on the CPU prints."""
     return last_line(command, " ".join(command[2:4]), environment={"JAX_PLATFORMS": "cpu"})
+
+
+def llama_file(source: str, layers: int | None, say: Callable[[str], None]) -> Path:
+    """A GGUF of random weights of these sizes in the cache folder, written if it is not there;
+    arguments as `compare` takes them.
+
+    Raises:
+      GptOssError: It cannot be written.
+    """
+    config, _ = config_of(source, layers)
+    file = settings_file(source, layers).with_suffix(".gguf")
+    if not file.exists():
+        say(f"writing {file}, once")
+        module = [sys.executable, "-m", "gptoss_jax.bench.gguf_file", str(file)]
+        _child([*module, "--model", source, "--layers", str(config.num_layers)])
+    return file
 
 
 def settings_file(source: str, layers: int | None) -> Path:
