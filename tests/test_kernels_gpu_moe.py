@@ -25,7 +25,7 @@ from gptoss_jax import mxfp4, ops, sharding
 from gptoss_jax.cache import make_cache
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.gpu import blocks, moe, triton
-from gptoss_jax.kernels.gpu.unpack import HIGH, LOW, unpack
+from gptoss_jax.kernels.gpu.unpack import HIGH, LOW, QUICK, QUICK_HIGH, QUICK_LOW, unpack
 from gptoss_jax.model import apply, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
@@ -125,11 +125,16 @@ def test_unpacking_is_exact_for_every_code_and_scale():
     np.testing.assert_array_equal(np.signbit(got[normal]), np.signbit(exact[normal]))
     assert np.abs(got[~normal]).max() < 2.0**-122
     assert np.isfinite(got[~normal]).all()
+    run = jit(lambda b, s: unpack(b, s, jnp.bfloat16, assembly=False, quick=True))
+    quick = np.stack(run(packed, scales), axis=-1).astype(np.float32).reshape(256, 512)
+    small = scales[:, 0] <= QUICK
+    np.testing.assert_array_equal(quick[small], got[small])
+    assert not np.isfinite(quick[~small]).any()
 
 
-def run_ptx(text, codes, scales):
-    """The few instructions of unpack.ASSEMBLY, as the PTX manual defines them; a subnormal operand
-    of an arithmetic one is an error.
+def run_ptx(text, codes, scales, subnormals=False):
+    """The few instructions of unpack.py, as the PTX manual defines them; a subnormal operand of an
+    arithmetic one is an error, or with `subnormals` what it says.
     """
     held = {"$1": codes, "$2": scales}
 
@@ -139,7 +144,7 @@ def run_ptx(text, codes, scales):
     def halves(name):
         word = np.broadcast_to(value(name), codes.shape)
         out = np.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)]).view(np.float32)
-        assert not ((out != 0) & (np.abs(out) < 2.0**-126)).any(), name
+        assert subnormals or not ((out != 0) & (np.abs(out) < 2.0**-126)).any(), name
         return out.astype(np.float64)
 
     def packed(values):
@@ -154,6 +159,15 @@ def run_ptx(text, codes, scales):
             held[rest[0]] = value(rest[1]) << value(rest[2])
         elif name == "and.b32":
             held[rest[0]] = value(rest[1]) & value(rest[2])
+        elif name == "mul.lo.u32":
+            held[rest[0]] = value(rest[1]) * value(rest[2])
+        elif name == "prmt.b32":
+            pool = np.uint64(value(rest[1])) | np.uint64(value(rest[2])) << np.uint64(32)
+            picks = [int(rest[3], 0) >> 4 * i & 15 for i in range(4)]
+            taken = [(pool >> np.uint64(8 * pick)) & np.uint64(255) for pick in picks]
+            held[rest[0]] = sum(
+                byte.astype(np.uint32) << np.uint32(8 * i) for i, byte in enumerate(taken)
+            )
         elif name == "mad.lo.u32":
             held[rest[0]] = value(rest[1]) * value(rest[2]) + value(rest[3])
         elif name == "lop3.b32":
@@ -164,6 +178,39 @@ def run_ptx(text, codes, scales):
             a, b, c = map(halves, rest[1:])
             held[rest[0]] = packed(np.maximum(a * b + c, 0.0 if "relu" in name else -np.inf))
     return held["$0"]
+
+
+def test_the_quick_assembly_is_exact_for_every_code_and_scale_that_it_takes():
+    """Also where 0.5 is the least value that there is; scales of 0 and 1 give less than any."""
+    assert QUICK_LOW.count("fma.rn.bf16x2") == QUICK_HIGH.count("fma.rn.bf16x2") == 1
+    first = np.arange(256, dtype=np.uint32)[:, None]
+    scales = np.arange(QUICK + 1, dtype=np.uint32)[None]
+    codes, factors = first | ((255 - first) << np.uint32(16)), (scales + 126) << np.uint32(7)
+    both = factors | factors << np.uint32(16)
+    codes, both = np.broadcast_arrays(codes, both.astype(np.uint32))
+    for text, shift in ((QUICK_LOW, 0), (QUICK_HIGH, 4)):
+        with np.errstate(over="ignore"):
+            got = run_ptx(text, codes, both, subnormals=True)
+        for half in range(2):
+            bits = ((got >> np.uint32(16 * half)) << np.uint32(16)).view(np.float32)
+            code = (codes >> np.uint32(16 * half + shift)) & np.uint32(15)
+            exact = np.ldexp(mxfp4.E2M1[code], scales.astype(np.int32) - 127).astype(np.float32)
+            normal = np.broadcast_to(scales >= 2, exact.shape)
+            np.testing.assert_array_equal(bits[normal], exact[normal])
+            np.testing.assert_array_equal(np.signbit(bits), np.signbit(exact))
+            assert np.abs(bits[~normal]).max() < 2.0**-122
+
+
+def test_bytes_are_widened_in_their_order():
+    word = np.asarray([0x04030201, 0xFFFE80C0], np.uint32)
+    lines = [f"  {part.strip()};" for part in triton.WIDEN.strip("{} ").split(";") if part.strip()]
+    pieces = []
+    for line, out in zip(lines, ("$0", "$1"), strict=True):
+        pieces.append(
+            run_ptx(line.replace("$2", "$1").replace(f"b32 {out},", "b32 $0,"), word, word)
+        )
+    got = np.stack(pieces, axis=-1).view(np.uint16)
+    np.testing.assert_array_equal(got, word.view(np.uint8).reshape(2, 4))
 
 
 def test_the_assembly_is_exact_for_every_code_and_scale():
@@ -198,17 +245,17 @@ def visited(experts_MX, E, chosen):
         expert, count, pairs_of = moe._visit(refs[: pairs.sizes[0]], pairs.sizes, tile.rows)
         p = moe.program_id(1)
         refs[-1][p, 0, 0] = expert
-        refs[-1][p, 0, 1] = count
+        refs[-1][p, 1, 0] = count
 
         def block(i, _):
-            refs[-1][p, 1 + i, :] = pairs_of(i)
+            refs[-1][p, 2 + i, :] = pairs_of(i)
             return 0
 
         jax.lax.fori_loop(0, count, block, 0)
 
     return triton.call(
         kernel, *pairs.arrays, grid=(1, pairs.programs),
-        result=((pairs.programs, 1 + most, tile.rows), jnp.int32),
+        result=((pairs.programs, 2 + most, tile.rows), jnp.int32),
         warps=4, stages=1, name="visited", interpret=True,
     )  # fmt: skip
 
@@ -221,12 +268,13 @@ def test_every_pair_is_met_once_by_its_expert_and_no_expert_is_read_in_vain(M, c
     E, row = 6, st.lists(st.integers(-1, 7), min_size=2, max_size=2)
     experts = np.asarray(data.draw(st.lists(row, min_size=M, max_size=M)))
     found = np.asarray(visited(jnp.asarray(experts, jnp.int32), E, chosen))
+    assert found.shape[2] == (1 if M == 1 else 16)
     met = []
     for program in found:
-        expert, count = program[0, :2]
-        pairs = program[1 : 1 + count].reshape(-1)
+        expert, count = program[:2, 0]
+        pairs = program[2 : 2 + count].reshape(-1)
         pairs = pairs[pairs < experts.size]
-        assert len(pairs) > 16 * (count - 1)
+        assert len(pairs) > program.shape[1] * (count - 1)
         met += [(pair, expert) for pair in pairs]
     wanted = [(i, e) for i, e in enumerate(experts.reshape(-1)) if 0 <= e < E]
     assert sorted(met) == wanted
@@ -258,6 +306,23 @@ def test_experts_are_as_exact_as_the_reference(M, chosen):
         own = rms(np.asarray(reference(x, shares, ids, *held)) - exact)
         assert 0 < own < 0.01 * rms(exact)
         assert rms(np.asarray(got) - exact) < 1.05 * own
+
+
+@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("chosen", [SMALL, SORTED], ids=["together", "sorted"])
+def test_large_scales_are_computed_the_other_way(M, chosen):
+    """One scale above `QUICK` in one output, the first or the last that is read."""
+    E, O, I = 3, 72, 96
+    for at in ((0, 0), (40, 2), (71, 1)):
+        weight = random_experts((E, O, I), scales=(125, QUICK + 1))
+        weight = MxTensor(weight.blocks, weight.scales.at[1, *at].set(QUICK + 1))
+        ids = jnp.asarray([[1, 0, 2, 1]] * M, jnp.int32)
+        x = rows(M, I, jnp.bfloat16)
+        want = np.einsum("mi,mxoi->mxo", np.asarray(x, np.float64), exact_values(weight)[ids])
+        got = jit(functools.partial(moe.grouped_product, chosen=chosen, interpret=True))(
+            x, ids, weight
+        )
+        np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
@@ -499,6 +564,8 @@ def test_blocks_follow_the_rows_and_the_card():
     found = [blocks.tile(M * 4, 32, chosen).rows for M in (1, 64, 128, 256, 1024, 8192)]
     assert found == [16, 16, 32, 64, 256, 256]
     assert blocks.tile(8192 * 4, 32, chosen).outputs == chosen.many_outputs
+    assert blocks.tile(4, 32, chosen, single=True).rows == 1
+    assert blocks.tile(4, 32, chosen, exact=True, single=True).rows == 1
     assert blocks.tile(8192 * 4, 32, chosen, exact=True).rows == 16
     assert blocks.model("NVIDIA H200") == chosen
     for card in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):

@@ -1,9 +1,9 @@
 """Block sizes of the experts' kernels: a model of the card, or what was measured on it.
 
 The model, for an H200 (4.8 TB/s, 132 multiprocessors): bytes in flight have to be bandwidth times
-latency, 4.8e12 * 0.7e-6 / 132 = 25 KB a multiprocessor. A step of few rows holds 64 outputs by 64
-bytes, 4 KB, of which four are in flight in each program, and two or three programs share a
-multiprocessor: 32 to 48 KB. An A100 (2.0 TB/s, 108) needs 13 KB, an L4 (0.3 TB/s, 58) 4 KB.
+latency, 4.8e12 * 0.7e-6 / 132 = 25 KB a multiprocessor. A step of few rows holds 32 outputs by 64
+bytes, 2 KB, of which four are in flight in each program, and five or six programs share a
+multiprocessor: 40 to 48 KB. An A100 (2.0 TB/s, 108) needs 13 KB, an L4 (0.3 TB/s, 58) 4 KB.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class Tuning:
         they are sorted.
     """
 
-    outputs: int = 64
+    outputs: int = 32
     depth: int = 64
-    warps: int = 4
+    warps: int = 2
     stages: int = 4
-    many: int = 64
+    many: int = 32
     many_outputs: int = 128
     many_depth: int = 32
     many_warps: int = 8
@@ -53,6 +53,7 @@ class Tile:
     stages: int
 
 
+LEAST_ROWS = 16  # that tensor cores take
 SMALL_SHARED_MEMORY = ("L4", "RTX", "A10G", "NVIDIA A10", "L40")  # 100 KB a multiprocessor
 
 
@@ -77,30 +78,35 @@ def at_hand() -> Tuning:
     return tuning.find("gpu", model(tuning.kind("gpu")))
 
 
-def tile(pairs: int, experts: int, chosen: Tuning, exact: bool = False) -> Tile:
+def tile(
+    pairs: int, experts: int, chosen: Tuning, exact: bool = False, single: bool = False
+) -> Tile:
     """The crossover between single rows, groups of rows and a prefill, by shape alone.
 
     A block has twice as many rows as an expert gets on average, so that few experts need two: 16 at
     least (what tensor cores take), `most_rows` at most. The model of it, for an H200:
 
-    One row is padded to 16, not multiplied and added up. The card must unpack 9.0e12 values a
-    second to keep up with its memory and issues 3.0e13 instructions, 3.3 a value; the whole loop
-    compiles to 6.5 a value (3.5 to unpack), which is half the memory's rate. Ordinary arithmetic
-    would be 2 more; a tensor core is next to nothing up to about 200 rows (206 operations a byte).
+    One row stands in a tensor core's 16, all the same. The card must unpack 9.0e12 values a second
+    to keep up with its memory and issues 3.0e13 instructions, 3.3 a value. The whole loop compiles
+    to 3.8 a value for one row and 4.7 for 16 (tests/measure_instructions.py), 2.25 of them to
+    unpack. Two warps of 64 outputs would take 3.4, but a multiprocessor would have six warps or
+    four for its four schedulers, where it now has twelve or six. Ordinary arithmetic would be 2
+    more; a tensor core is next to nothing up to about 200 rows (206 operations a byte).
 
     A prefill unpacks from registers too. Unpacking to memory first would write and read 2 + 2 bytes
-    a value, 0.7 ms a layer of 20b, where 8,192 rows take 1.7 ms at a tensor core's full rate. With
-    256 rows a block, a step issues 306 * 8 warps / 4 = 612 cycles of instructions beside 1,024 of
-    tensor cores; with 128 rows 532 beside 512.
+    a value, 0.7 ms a layer of 20b, where 8,192 rows take 1.7 ms at a tensor core's full rate.
 
     Args:
       pairs: (row, choice) pairs.
       experts: Over which they are spread.
       chosen: Of the card.
       exact: float32 operands, which ordinary arithmetic multiplies: no more than 16 rows at once.
+      single: All pairs are of one row, whose experts differ: a block has one.
     """
     average = -(-pairs // experts)
-    rows = min(16 if exact else chosen.most_rows, max(16, 1 << (2 * average - 1).bit_length()))
+    most = LEAST_ROWS if exact else chosen.most_rows
+    rows = min(most, max(LEAST_ROWS, 1 << (2 * average - 1).bit_length()))
+    rows = 1 if single else rows
     if rows >= chosen.many:
         return Tile(rows, chosen.many_outputs, chosen.many_depth, chosen.many_warps,
                     chosen.many_stages)  # fmt: skip

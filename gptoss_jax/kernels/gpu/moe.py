@@ -8,8 +8,8 @@ chose the same expert the first one's program does the work of all, the others e
 of pairs are added up outside, in a fixed order. Knows arrays, no meshes. Nothing here has been
 timed: no GPU was there.
 
-Programs of one row of gpt-oss, 4 experts: gate and up 4 * 5760 / 64 = 360, down 4 * 2880 / 64 =
-180, on 132 multiprocessors.
+Programs of one row of gpt-oss, 4 experts: gate and up 4 * 5760 / 32 = 720, down 4 * 2880 / 32 =
+360, on 132 multiprocessors.
 """
 
 import dataclasses
@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.gpu import blocks, triton
-from gptoss_jax.kernels.gpu.blocks import Tile
+from gptoss_jax.kernels.gpu.blocks import LEAST_ROWS, Tile
 from gptoss_jax.kernels.gpu.triton import ds, load, program_id, store
-from gptoss_jax.kernels.gpu.unpack import BYTES, unpack
+from gptoss_jax.kernels.gpu.unpack import BYTES, QUICK, unpack
 from gptoss_jax.mxfp4 import MxTensor, as_rows
+
+QUICK_ROWS = 64  # of a block, at most, whose registers hold two ways
 
 
 class Pairs(NamedTuple):
@@ -121,7 +123,8 @@ def grouped_product_transposed(
     """
     E, O, I = weight_EOI.shape
     tile, pairs = _arranged(experts_MX, E, g_MXO.dtype, chosen)
-    tile = dataclasses.replace(tile, outputs=min(64, tile.outputs))  # here the summed axis
+    # here outputs are the summed axis, and the gradient's rows stand in products as they are
+    tile = dataclasses.replace(tile, outputs=min(64, tile.outputs), rows=max(LEAST_ROWS, tile.rows))
     R = experts_MX.size
     out_RI = triton.call(
         functools.partial(_transposed, sizes=pairs.sizes, tile=tile, assembly=not interpret),
@@ -154,7 +157,7 @@ def _cdiv(a: int, b: int) -> int:
 def _arranged(experts_MX, E: int, dtype, chosen: blocks.Tuning | None) -> tuple[Tile, Pairs]:
     chosen = chosen or blocks.at_hand()
     R = experts_MX.size
-    tile = blocks.tile(R, E, chosen, exact=dtype == jnp.float32)
+    tile = blocks.tile(R, E, chosen, exact=dtype == jnp.float32, single=len(experts_MX) == 1)
     experts_R = experts_MX.reshape(-1)
     if R <= chosen.together:
         return tile, Pairs((experts_R,), min(E, R), (1, R, E))
@@ -285,23 +288,56 @@ class _Held(NamedTuple):
 
 
 def _multiply(x, rows, held, first):
-    """Outputs of an expert from `first` on times rows of x: float32 [outputs, rows]."""
+    """Outputs of an expert from `first` on times rows of x: float32 [outputs, rows].
+
+    The quick way where all scales allow it, which is known after it was gone: a program that met
+    a larger one goes the other way then. A block of most rows, whose sums fill the registers and
+    whose tensor cores have more to do than what feeds them, goes the other way at once.
+    """
+    if x.dtype != jnp.bfloat16 or len(rows) > QUICK_ROWS:
+        return _summed(x, rows, held, first, False)[0]
+    sums, largest = _summed(x, rows, held, first, True)
+    again = functools.partial(_summed, x, rows, held, first, False)
+    return jax.lax.cond(jnp.max(largest) > QUICK, lambda: again()[0], lambda: sums)
+
+
+def _summed(x, rows, held, first, quick):
+    """`_multiply` in one way; also the largest scales, int32 [outputs, depth / 16]."""
     depth, inputs = held.tile.depth, 2 * held.packed.shape[2]
-    some = (rows < x.shape[0])[:, None]
 
     def step(k, carried):
-        sums, exponents = carried
-        low, high = unpack(held.codes(first, k * depth), exponents, x.dtype, held.assembly)
-        columns = k * (2 * depth) + jnp.arange(2 * depth, dtype=jnp.int32)
-        mask = some & (columns < inputs)[None, :]
-        part = load(x.at[rows[:, None], columns[None, :]], mask=mask, other=0.0)
-        even, odd = jnp.unstack(part.reshape(len(rows), depth, 2), axis=-1)
+        sums, exponents, largest = carried
+        codes = held.codes(first, k * depth)
+        low, high = unpack(codes, exponents, x.dtype, held.assembly, quick)
+        even, odd = _taken(x, rows, k * (2 * depth), 2 * depth)
         sums = sums + triton.dot(low, even) + triton.dot(high, odd)
-        return sums, held.exponents(first, (k + 1) * depth)
+        largest = jnp.maximum(largest, exponents.astype(jnp.int32))
+        return sums, held.exponents(first, (k + 1) * depth), largest
 
-    sums = jnp.zeros((held.tile.outputs, len(rows)), jnp.float32)
+    sums = jnp.zeros((held.tile.outputs, max(LEAST_ROWS, len(rows))), jnp.float32)
+    exponents = held.exponents(first, 0)
     steps = _cdiv(inputs, 2 * depth)
-    return jax.lax.fori_loop(0, steps, step, (sums, held.exponents(first, 0)))[0]
+    largest = jnp.zeros(exponents.shape, jnp.int32)
+    sums, _, largest = jax.lax.fori_loop(0, steps, step, (sums, exponents, largest))
+    if len(rows) == 1:
+        sums = jnp.max(sums, axis=1, keepdims=True)  # all columns are the same
+    return sums, largest
+
+
+def _taken(x, rows, start, width):
+    """Even and odd columns of rows of x, [rows, width / 2] each, 0 beyond it. A single row stands
+    there LEAST_ROWS times, which takes half the instructions of a row among zeros.
+    """
+    columns = start + jnp.arange(width, dtype=jnp.int32)
+    inside = columns < x.shape[1]
+    if len(rows) == 1:
+        row = jnp.max(rows)
+        part = load(x.at[row, columns], mask=inside & (row < x.shape[0]), other=0.0)
+        both = jnp.unstack(part.reshape(width // 2, 2), axis=-1)
+        return tuple(jnp.broadcast_to(one[None], (LEAST_ROWS, width // 2)) for one in both)
+    mask = (rows < x.shape[0])[:, None] & inside[None, :]
+    part = load(x.at[rows[:, None], columns[None, :]], mask=mask, other=0.0)
+    return jnp.unstack(part.reshape(len(rows), width // 2, 2), axis=-1)
 
 
 def _plain(sums_NM, expert, n, own, R):
