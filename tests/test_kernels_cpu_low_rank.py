@@ -29,7 +29,7 @@ def chosen(z, experts):
 
 # A product and its gradients as sums of their definition, so that what is tested is what is added.
 BASE = Base(
-    lambda x, experts, w: jnp.einsum(
+    lambda x, experts, w, trained: jnp.einsum(
         "MXOI,MI->MXO", chosen(w, experts), x, preferred_element_type=jnp.float32
     ),
     lambda g, experts, w: jnp.einsum(

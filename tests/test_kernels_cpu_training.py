@@ -12,6 +12,7 @@ from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends, expert_mlp, rms_norm, rotate
 from gptoss_jax.ops.loss import cross_entropy
+from gptoss_jax.ops.product import product
 from gptoss_jax.train import objective
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
@@ -148,3 +149,11 @@ def test_loss_by_chunks(monkeypatch, chunk, frozen):
     assert float(jax.jit(ours)(x, table)) == pytest.approx(float(expected[0]), rel=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(b).max()))
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(5, 7, 33), (400, 150, 96), (193, 64, 37)])
+def test_dense_products(arithmetic, rows, outputs, inputs):
+    x, weight = normal(9, (2, rows, inputs), (outputs, inputs))
+    weight = weight / 8  # results of about 1: `compare` takes the cosine of three times these
+    text = compare(lambda x, weight: product("BTD,OD->BTO", x, weight), x, weight)
+    assert text.count("gptoss_dense") == 2  # forward, and with respect to x

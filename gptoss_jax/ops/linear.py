@@ -13,7 +13,7 @@ from gptoss_jax import sharding
 from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
-from gptoss_jax.ops.product import product, product_transposed
+from gptoss_jax.ops.product import computed, product, product_transposed
 
 
 class LowRank(NamedTuple):
@@ -107,7 +107,8 @@ class Base(NamedTuple):
     """A product that something is added to.
 
     Attributes:
-      product: Of x [M, I], experts [M, X] and the weight: float32 [M, X, O].
+      product: Of x [M, I], experts [M, X], the weight, and whether a gradient is taken: float32
+        [M, X, O].
       to_x: Of its gradient [M, X, O], experts and the weight: that of x for each choice, float32
         [M, X, I].
       to_weight: Of its gradient, x and the weight: that of the weight, or None if it is frozen.
@@ -119,13 +120,17 @@ class Base(NamedTuple):
 
 
 DENSE = Base(
-    lambda x, experts, weight: product("MI,OI->MO", x, weight)[:, None],
+    lambda x, experts, weight, trained: computed("MI,OI->MO", x, weight, trained)[:, None],
     lambda g, experts, weight: product_transposed("MI,OI->MO", g[:, 0], weight)[:, None],
     lambda g, x, weight: jnp.einsum("MXO,MI->OI", g, x, preferred_element_type=jnp.float32).astype(
         weight.dtype
     ),
 )
-PACKED = Base(cpu.grouped_product, cpu.grouped_product_transposed, lambda g, x, weight: None)
+PACKED = Base(
+    lambda x, experts, weight, trained: cpu.grouped_product(x, experts, weight),
+    cpu.grouped_product_transposed,
+    lambda g, x, weight: None,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,11 +158,12 @@ def adapted_product(
       gain_MR: float32.
       bias_O: float32.
     """
-    return _adapted_forward(base, x_MI, experts_MX, weight, a_ERI, b_EOR, gain_MR, bias_O)[0]
+    out_MXO = base.product(x_MI, experts_MX, weight, False)
+    return cpu.add_low_rank(out_MXO, x_MI, experts_MX, a_ERI, b_EOR, gain_MR, bias_O)[0]
 
 
 def _adapted_forward(base, x, experts, weight, a, b, gain, bias):
-    out = base.product(x, experts, weight)
+    out = base.product(x, experts, weight, True)
     out, h = cpu.add_low_rank(out, x, experts, a, b, gain, bias)
     return out, ((x, experts, weight, a, b, gain, bias), h)
 

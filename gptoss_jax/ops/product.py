@@ -34,6 +34,17 @@ def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return computed(subscripts, x, weight, trained=False)
+
+
+def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) -> jax.Array:
+    """`product`, whose gradient is somebody else's.
+
+    Args:
+      subscripts: And what follows: as there.
+      trained: Whether a gradient is taken: float32 rows then take the CPU's kernel too, whose sums
+        have another order than XLA's.
+    """
     given, result = subscripts.split("->")
     a, b = given.split(",")
     rows, outputs, inputs = _matrix_letters(a, b, result)
@@ -48,13 +59,16 @@ def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         return times(subscripts, x, weight)
 
     def kernel(x, weight):
-        out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
+        if x.dtype == jnp.float32:
+            out = cpu.training.dense(x.reshape(M, K), weight.reshape(N, K))
+        else:
+            out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
         return out.reshape([size[i] for i in result])
 
-    why = _why_no_kernel(x, weight)
+    why = _why_no_kernel(x, weight, trained)
     if why is None and (result, b) != (rows + outputs, outputs + inputs):
         why = f"{subscripts} is not rows times rows of weights"
-    if why is None and math.prod(size[i] for i in inputs) % COLUMNS:
+    if why is None and x.dtype == jnp.bfloat16 and K % COLUMNS:
         why = f"inputs are no multiple of {COLUMNS}"
     return backends.run("product", reference, {"cpu": Backend(kernel, why)}, x, weight)
 
@@ -78,17 +92,22 @@ def _first(rows: int) -> jax.Array:
     return jnp.zeros((rows, 1), jnp.int32)
 
 
-def _why_no_kernel(x: jax.Array, weight: jax.Array) -> str | None:
+def _why_no_kernel(x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
     """Why kernels/cpu does not compute a plain product of these."""
-    if x.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16:
-        return "XLA's own float32 products are as fast"
+    if x.dtype == weight.dtype == jnp.float32:
+        if not trained:
+            return "XLA's own float32 products are as fast"
+        if any(jax.typeof(part).manual_axis_type.varying for part in (x, weight)):
+            return "rows or weights are spread over a mesh"
+    if x.dtype != weight.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"activations are {x.dtype}, weights {weight.dtype}"
     if sharding.current() is not None:
         return "the mesh's partitioner knows einsums only"
     return cpu.why_not()
 
 
 def _forward(subscripts, x, weight):
-    return _product(subscripts, x, weight), (x, weight)
+    return computed(subscripts, x, weight, trained=True), (x, weight)
 
 
 def _backward(subscripts, kept, gradient):
@@ -117,17 +136,18 @@ def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) 
         return times(f"{result},{b}->{a}", gradient, weight)
 
     def kernel(gradient, weight):
-        out = cpu.grouped_product_transposed(
-            gradient.reshape(M, 1, N), _first(M), weight.reshape(1, N, K)
-        )
+        if gradient.dtype == jnp.float32:
+            out = cpu.training.dense_transposed(gradient.reshape(M, N), weight.reshape(N, K))
+        else:
+            out = cpu.grouped_product_transposed(
+                gradient.reshape(M, 1, N), _first(M), weight.reshape(1, N, K)
+            )
         return out.reshape([size[i] for i in a])
 
-    why = _why_no_kernel(gradient, weight)
+    why = _why_no_kernel(gradient, weight, trained=True)
     if why is None and (a, result, b) != (rows + inputs, rows + outputs, outputs + inputs):
         why = f"{subscripts} is not rows times rows of weights"
-    if why is None and (
-        math.prod(size[i] for i in inputs) % COLUMNS or math.prod(size[i] for i in outputs) % 2
-    ):
+    if why is None and gradient.dtype == jnp.bfloat16 and (K % COLUMNS or N % 2):
         why = f"inputs are no multiple of {COLUMNS}, or outputs odd"
     return backends.run("product", reference, {"cpu": Backend(kernel, why)}, gradient, weight)
 

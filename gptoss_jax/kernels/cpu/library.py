@@ -49,6 +49,7 @@ TARGETS = (
     "gptoss_low_rank",
     "gptoss_low_rank_gradient",
     "gptoss_rows",
+    "gptoss_dense",
     "gptoss_swiglu",
     "gptoss_swiglu_gradient",
     "gptoss_weighted",

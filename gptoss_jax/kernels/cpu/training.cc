@@ -1,6 +1,6 @@
-// What lies between the products of a training step, in float32: SwiGLU with the experts' biases, the weighted sum of their
-// outputs, rotation, RMSNorm, the softmax of the loss, and their gradients. XLA's CPU compiler leaves most of these as
-// loops of single values.
+// A training step in float32: dense products, and what lies between products: SwiGLU with the experts' biases, the weighted
+// sum of their outputs, rotation, RMSNorm, the softmax of the loss, and their gradients. XLA's CPU compiler leaves most of
+// these as loops of single values, and computes products of some hundred rows by one thread.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -138,6 +138,41 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, Floats logits, Integers targets, 
   return ffi::Error::Success();
 }
 
+// x [M, K] with the rows of w [N, K] -> [M, N]; if `transposed`, [M, N] with its columns -> [M, K].
+ffi::Error dense(ffi::ThreadPool pool, bool transposed, Floats x, Floats w, Result y) {
+  constexpr int64_t kBlock = 192, kOutputs = 64;  // of a task
+  const int64_t M = x.dimensions()[0], N = w.dimensions()[0], K = w.dimensions()[1];
+  const int64_t outputs = transposed ? K : N, depth = transposed ? N : K;
+  if (x.dimensions()[1] != depth) return ffi::Error::InvalidArgument("shapes do not fit");
+  const int64_t across = (outputs + kOutputs - 1) / kOutputs;
+  parallel(pool, (M + kBlock - 1) / kBlock * across, M * N * K, [&](int64_t i) {
+    const int64_t m = i / across * kBlock, n = i % across * kOutputs;
+    const int64_t rows = std::min(kBlock, M - m), columns = std::min(kOutputs, outputs - n), wide = (columns + 15) / 16 * 16;
+    const float* panel = w.typed_data() + n;  // [depth, wide]
+    int64_t stride = K;
+    if (!transposed || columns < wide) {
+      float* made = static_cast<float*>(scratch<0>(4 * depth * wide));
+      if (columns < wide) std::memset(made, 0, 4 * depth * wide);
+      const float* from = w.typed_data() + n * K;
+      if (transposed)
+        for (int64_t d = 0; d < depth; d++) std::memcpy(made + d * wide, panel + d * K, 4 * columns);
+      else if (K % 4 == 0)
+        arithmetic().transpose(from, K, int(columns), int(K), made, wide);
+      else
+        for (int64_t c = 0; c < columns; c++)
+          for (int64_t d = 0; d < depth; d++) made[d * wide + c] = from[c * K + d];
+      panel = made, stride = wide;
+    }
+    float* to = y->typed_data() + m * outputs + n;
+    float* out = columns < wide ? static_cast<float*>(scratch<1>(4 * rows * wide)) : to;
+    const int64_t step = columns < wide ? wide : outputs;
+    arithmetic().product(x.typed_data() + m * depth, depth, 1, int(rows), panel, stride, int(depth), int(wide), out, step,
+                         false);
+    for (int64_t r = 0; columns < wide && r < rows; r++) std::memcpy(to + r * outputs, out + r * wide, 4 * columns);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
@@ -161,3 +196,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm_gradient, norm_gradient,
                               BINDING.Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_cross_entropy, cross_entropy,
                               BINDING.Arg<Floats>().Arg<Integers>().Arg<Floats>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_dense, dense,
+                              BINDING.Attr<bool>("transposed").Arg<Floats>().Arg<Floats>().Ret<Floats>());

@@ -1,4 +1,4 @@
-"""What lies between the products of a training step, in float32, and its gradients."""
+"""A training step in float32: dense products, what lies between products, and gradients."""
 
 from typing import Any
 
@@ -6,6 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+
+def dense(x_MK: Float[Array, "M K"], weight_NK: Float[Array, "N K"]) -> Float[Array, "M N"]:
+    """x times the rows of the weight."""
+    call = _call("gptoss_dense", (len(x_MK), len(weight_NK)))
+    return call(x_MK, weight_NK, transposed=False)
+
+
+def dense_transposed(g_MN: Float[Array, "M N"], weight_NK: Float[Array, "N K"]):
+    """g times the columns of the weight, [M, K]: the gradient of `dense` with respect to x."""
+    call = _call("gptoss_dense", (len(g_MN), weight_NK.shape[1]))
+    return call(g_MN, weight_NK, transposed=True)
 
 
 def swiglu(
