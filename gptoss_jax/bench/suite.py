@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptoss_jax.bench.compare import settings_file
+from gptoss_jax.bench.peer_triton import INSTALL as TRITON
 from gptoss_jax.bench.process import cores, last_line, today
 from gptoss_jax.errors import GptOssError
 
@@ -55,6 +56,17 @@ def _prefill(model: str, **goals: tuple[str, float]) -> Row:
     return Row("prefill of 8,192", model, options, found)
 
 
+def _triton(model: str) -> Row:
+    return Row(
+        "OpenAI's triton implementation, decode, batch 1",
+        model,
+        {"prompt": 512, "new": 32, "batch": 1, "repeats": 2},
+        module="gptoss_jax.bench.peer_triton",
+        peer=True,
+        needs=("gpt_oss", "triton", "triton_kernels", "torch"),
+    )
+
+
 # The first rows tell most, if time runs out.
 SUITES = {
     "h200": (
@@ -78,11 +90,17 @@ SUITES = {
             peer=True,
             needs=("torch", "transformers"),
         ),
+        _triton("gpt-oss-20b"),
         _decode("gpt-oss-20b", 8, 2_300),
         _decode("gpt-oss-120b", 64, 3_000),
+        _triton("gpt-oss-120b"),
     )
 }
-MISSING = {"torch": "pip install torch transformers", "transformers": "pip install transformers"}
+MISSING = {
+    "torch": "pip install torch transformers",
+    "transformers": "pip install transformers",
+    **dict.fromkeys(("gpt_oss", "triton", "triton_kernels"), TRITON),
+}
 
 
 def run(
