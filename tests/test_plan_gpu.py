@@ -2,6 +2,7 @@
 they are.
 """
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from gptoss_jax import bounds, ops, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.ops import backends
-from gptoss_jax.plan import hardware, hlo, programs
+from gptoss_jax.plan import hardware, hlo, programs, ptx
 
 cuda = pytest.mark.skipif(
     not importlib.util.find_spec("jax_cuda13_plugin"),
@@ -69,6 +70,24 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
         "layer/qkv/products": 1, "layer/o: fusion": 1, "copy": 1, "sample: fusion": 1,
         "layer/expert_mlp: while": 1,
     }  # fmt: skip
+
+
+def test_collectives_with_work_beside_them_are_found():
+    text = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %f.1 = bf16[8]{0} fusion(%a), kind=kLoop, calls=%g
+  %all-reduce-start.1 = bf16[8]{0} all-reduce-start(%f.1), to_apply=%sum
+  %b.1 = bf16[8]{0} bitcast(%a)
+  %all-reduce-done.1 = bf16[8]{0} all-reduce-done(%all-reduce-start.1)
+  %all-reduce-start.2 = bf16[8]{0} all-reduce-start(%f.1), to_apply=%sum
+  %f.2 = bf16[8]{0} fusion(%b.1), kind=kLoop, calls=%g
+  %all-reduce-done.2 = bf16[8]{0} all-reduce-done(%all-reduce-start.2)
+  ROOT %all-reduce.3 = bf16[8]{0} all-reduce(%all-reduce-done.2), to_apply=%sum
+}
+"""
+    assert hlo.overlapped(text) == {"all-reduce": (3, 1)}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +154,8 @@ def test_two_gpus_run_the_same_kernels_and_send_no_weight(sizes):
     found = programs.Steps(config, sizes, devices).decode(1, 8192)
     assert found.started is not None
     assert found.collectives is not None
-    print(f"\n{sizes}: {found.collectives}, temporaries {found.temporaries / 1e6:.1f} MB")
+    print(f"\n{sizes}: {found.collectives}, temporaries {found.temporaries / 1e6:.1f} MB; "
+          f"in all, and with work beside them: {found.overlapped}")  # fmt: skip
     layers = config.num_layers
     for name, count in (
         ("attend_one/shard_map/attention_step", layers),
@@ -147,3 +167,29 @@ def test_two_gpus_run_the_same_kernels_and_send_no_weight(sizes):
     sent = sum(row["bytes"] for row in found.collectives.values())
     assert sent < 1e-3 * bounds.weights(config, sizes).total
     assert found.temporaries < 0.3e9
+
+
+SPILT = {("h200:1", "prefill"): {"experts_down": 40}}  # bytes, once a block of 256 rows
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("topology", ["h200:1", "a100:1", "l4:1"])
+@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 1)])
+def test_no_kernel_of_a_step_spills(topology, step, batch, tmp_path):
+    """Every kernel of a sliding and a full layer and of what is around them, XLA's own too."""
+    config = GptOssConfig.preset("gpt-oss-20b")
+    config = dataclasses.replace(config, num_layers=2, layer_types=config.layer_types[:2])
+    devices = programs.devices(hardware.parse(topology))
+    getattr(programs.Steps(config, {}, devices, folder=tmp_path), step)(batch, 8192)
+    found = ptx.kernels(tmp_path)
+    print(f"\n{topology}, {step}, batch {batch}: registers, shared bytes, spilled bytes")
+    for one in sorted(found, key=lambda one: -one.registers):
+        print(f"  {one.registers:4} {one.shared:7} {one.spilled:4}  {one.name}")
+    names = {one.name.rstrip("0123456789").rstrip("_") for one in found}
+    assert {"experts_gate_up", "experts_down"} <= names
+    assert {"attention_step", "products"} <= names or (step == "prefill" and "attention" in names)
+    assert all(0 < one.registers <= 255 for one in found)
+    allowed = SPILT.get((topology, step), {})
+    assert not [one for one in found if one.spilled > allowed.get(one.name, 0)]

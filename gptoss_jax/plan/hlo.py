@@ -241,6 +241,33 @@ def kernels(text: str, loop: str = " fusion(") -> list[Kernel]:
     return found
 
 
+def overlapped(text: str, loop: str = " fusion(") -> dict[str, tuple[int, int]]:
+    """Collectives of one turn of a loop, and how many of them have kernels between start and end.
+
+    Args:
+      text: The compiled module's text, in the order in which it is run.
+      loop: As `kernels`.
+
+    Returns:
+      kind -> how many there are, how many have other work beside them.
+    """
+    bodies, _ = _computations(text)
+    body = max(bodies, key=lambda name: sum(loop in line for line in bodies[name]))
+    lines = [match.groups() for match in map(_NAMED.match, bodies[body]) if match is not None]
+    found: dict[str, tuple[int, int]] = {kind: (0, 0) for kind in KINDS}
+    for i, (_, name, _, kind, _) in enumerate(lines):
+        bare = kind.removesuffix("-start")
+        if bare not in KINDS:
+            continue
+        between = []
+        if bare != kind:
+            ends = (j for j, row in enumerate(lines) if _operands(row[4])[:1] == [name])
+            between = [row[3] for row in lines[i + 1 : next(ends, i)]]
+        work = [one for one in between if one not in _NO_KERNEL and not one.endswith("-done")]
+        found[bare] = found[bare][0] + 1, found[bare][1] + bool(work)
+    return {kind: counts for kind, counts in found.items() if counts[0]}
+
+
 def scopes(found: list[Kernel]) -> dict[str, int]:
     """Where kernels come from -> how many: "layer/qkv/products", of all layers together; of a
     Pallas kernel its name, of what XLA made its kind.

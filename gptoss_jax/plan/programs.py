@@ -31,8 +31,9 @@ from gptoss_jax.loading import Layout, expert_sharding, shapes_laid_out, storage
 from gptoss_jax.model import Params, letters
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
+from gptoss_jax.plan import ptx
 from gptoss_jax.plan.hardware import Topology
-from gptoss_jax.plan.hlo import collectives, kernels, moved, scopes
+from gptoss_jax.plan.hlo import collectives, kernels, moved, overlapped, scopes
 from gptoss_jax.sampling import Sampling, to_arrays
 
 KERNEL = "tpu_custom_call"
@@ -55,6 +56,8 @@ class Program:
         as parts (`hlo.moved`); None where it is not counted (GPUs, experts as released, prefill).
       started: On a GPU, the scope of the source ("layer" for all layers) -> kernels that a decode
         step starts for it (`hlo.kernels`).
+      overlapped: On GPUs, kind -> collectives of a decode step, and those with work beside them
+        (`hlo.overlapped`).
     """
 
     arguments: int
@@ -67,6 +70,7 @@ class Program:
     seconds: float
     moved: dict[str, float] | None = None
     started: dict[str, int] | None = None
+    overlapped: dict[str, tuple[int, int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Steps:
     """The steps of one model on some devices, ready to be compiled for any batch and context.
 
     `form` says how experts lie in memory, by default as `loading.storage_for` says for devices of
-    `room` bytes.
+    `room` bytes. A GPU's kernels are left in `folder` as PTX, if one is given (plan/ptx.py).
     """
 
     def __init__(
@@ -189,8 +193,9 @@ class Steps:
         packed: bool = True,
         form: Layout | None = None,
         room: float = 0,
+        folder: Path | None = None,
     ):
-        self.config, self.sizes = config, sizes
+        self.config, self.sizes, self.folder = config, sizes, folder
         self.mesh = sharding.make_mesh(sizes, config, devices)
         self.device = devices[0]
         self.params = self._params(packed)
@@ -299,6 +304,7 @@ class Steps:
             lowered = trace().lower(lowering_platforms=("tpu" if tpu else "cuda",))
             # jaxlib 0.10 cannot read back libtpu's text of some programs: the dump holds it
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
+            dump |= ptx.options(self.folder) if self.folder and not tpu else {}
             try:
                 compiled = lowered.compile(compiler_options=dump)
             except jax.errors.JaxRuntimeError as error:
@@ -312,7 +318,7 @@ class Steps:
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if not tpu:
             text = compiled.as_text()
-        started = None if tpu or shares is None else scopes(kernels(text or ""))
+        of_gpu = None if tpu or shares is None else text or ""
         return Program(
             arguments=memory.argument_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
@@ -325,7 +331,8 @@ class Steps:
             moved=moved(text, KERNEL, shares)
             if tpu and text and shares and self.form != "released"
             else None,
-            started=started,
+            started=None if of_gpu is None else scopes(kernels(of_gpu)),
+            overlapped=None if of_gpu is None else overlapped(of_gpu),
         )
 
 

@@ -2,8 +2,8 @@
 
 The model, for an H200 (4.8 TB/s, 132 multiprocessors): bytes in flight have to be bandwidth times
 latency, 4.8e12 * 0.7e-6 / 132 = 25 KB a multiprocessor. A step of few rows holds 32 outputs by 64
-bytes, 2 KB, of which four are in flight in each program, and five or six programs share a
-multiprocessor: 40 to 48 KB. An A100 (2.0 TB/s, 108) needs 13 KB, an L4 (0.3 TB/s, 58) 4 KB.
+bytes, 2 KB, of which three are in flight in each program, and five or six programs share a
+multiprocessor: 30 to 36 KB. An A100 (2.0 TB/s, 108) needs 13 KB, an L4 (0.3 TB/s, 58) 4 KB.
 """
 
 import dataclasses
@@ -87,11 +87,12 @@ def tile(
     least (what tensor cores take), `most_rows` at most. The model of it, for an H200:
 
     One row stands in a tensor core's 16, all the same. The card must unpack 9.0e12 values a second
-    to keep up with its memory and issues 3.0e13 instructions, 3.3 a value. The whole loop compiles
-    to 3.8 a value for one row and 4.7 for 16 (tests/measure_instructions.py), 2.25 of them to
-    unpack. Two warps of 64 outputs would take 3.4, but a multiprocessor would have six warps or
-    four for its four schedulers, where it now has twelve or six. Ordinary arithmetic would be 2
-    more; a tensor core is next to nothing up to about 200 rows (206 operations a byte).
+    to keep up with its memory and issues 3.0e13 instructions, 3.3 a value, half integer. The
+    whole loop compiles to 3.8 a value for one row and 4.4 for 16, 2.0 and 2.4 of them integer
+    (tests/measure_instructions.py); unpacking is 2.25. Two warps of 64 outputs would take 3.4, but
+    a multiprocessor would have six warps or four for its four schedulers, where it now has twelve
+    or six. Ordinary arithmetic would be 2 more; a tensor core is next to nothing up to about 200
+    rows (206 operations a byte).
 
     A prefill unpacks from registers too. Unpacking to memory first would write and read 2 + 2 bytes
     a value, 0.7 ms a layer of 20b, where 8,192 rows take 1.7 ms at a tensor core's full rate.

@@ -279,7 +279,10 @@ class _Held(NamedTuple):
     def _load(self, ref, first, at, width):
         outputs = first + jnp.arange(self.tile.outputs, dtype=jnp.int32)
         columns = at + jnp.arange(width, dtype=jnp.int32)
-        mask = (outputs < ref.shape[1])[:, None] & (columns < ref.shape[2])[None, :]
+        mask = (columns < ref.shape[2])[None, :]
+        if ref.shape[1] % self.tile.outputs:
+            mask = (outputs < ref.shape[1])[:, None] & mask
+        mask = jnp.broadcast_to(mask, (self.tile.outputs, width))
         return load(
             ref.at[self.expert, outputs[:, None], columns[None, :]],
             mask=mask,
