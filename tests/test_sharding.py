@@ -15,7 +15,7 @@ import random_checkpoints
 import tiny
 from jax.sharding import PartitionSpec
 
-from gptoss_jax import checkpoint, engine, loading, model, sharding, steps
+from gptoss_jax import checkpoint, engine, loading, model, mxfp4, ops, sharding, steps
 from gptoss_jax.cache import make_cache
 from gptoss_jax.checkpoint.source import Source
 from gptoss_jax.config import GptOssConfig
@@ -159,6 +159,66 @@ SETTINGS = [
 @functools.lru_cache
 def expected_completions():
     return engine_model(tiny.params(CONFIG)).generate(PROMPTS, SETTINGS, max_new_tokens=9)
+
+
+def sums_in_branches(jaxpr, inside=False):
+    """Names of the sums over devices in branches of a condition."""
+    found = []
+    for step in jaxpr.eqns:
+        if inside and step.primitive.name.startswith("psum"):
+            found.append(step.primitive.name)
+        within = inside or step.primitive.name == "cond"
+        for part in jax.tree.leaves(step.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            part = getattr(part, "jaxpr", part)
+            found += sums_in_branches(part, within) if hasattr(part, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "M", "packed"),
+    [((), 8, True), (("data",), 64, False), (("data", "expert"), 64, False)],
+)
+def test_gradients_of_experts_are_summed_where_all_devices_meet(rows, M, packed):
+    """Of everything, few rows and many; a sum in a branch that some devices do not take would wait
+    for them for ever.
+    """
+    generator = np.random.default_rng(M)
+    E, D, F, R = 6, 96, 64, 3
+
+    def normal(*shape):
+        return jnp.asarray(0.3 * generator.normal(size=shape), jnp.float32)
+
+    gate_up, down = normal(E, F, 2, D), normal(E, D, F)
+    ids = jnp.asarray(generator.integers(0, E, (M, 4)), jnp.int32)
+    trained = {
+        "x": normal(M, D), "shares": normal(M, 4), "biases": (normal(E, F, 2), normal(E, D)),
+        "low_rank": {
+            "gate_up": ops.LowRank(normal(E, R, D), normal(E, F, 2, R), jnp.ones((1, R))),
+            "down": ops.LowRank(normal(E, R, F), normal(E, D, R), jnp.ones((1, R))),
+        },
+    }  # fmt: skip
+    if packed:
+        gate_up, down = (mxfp4.pack(np.asarray(x)) for x in (gate_up, down))
+    else:
+        trained["weights"] = gate_up, down
+
+    def total(trained, held, rows):
+        first, second = trained.get("weights", held)
+        out = ops.expert_mlp(
+            trained["x"], trained["shares"], ids, first, trained["biases"][0], second,
+            trained["biases"][1], alpha=1.7, limit=7.0, low_rank=trained["low_rank"], rows=rows,
+        )  # fmt: skip
+        return jnp.sin(out).sum()
+
+    held = jax.tree.map(jnp.asarray, (gate_up, down))
+    gradient = jax.grad(total)
+    expected = jax.jit(gradient, static_argnums=2)(trained, held, ())
+    with jax.set_mesh(sharding.make_mesh({"data": 4, "expert": 2})):
+        traced = jax.jit(gradient, static_argnums=2).trace(trained, held, rows)
+        assert not sums_in_branches(traced.jaxpr.jaxpr)
+        found = traced.lower().compile()(trained, held)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("text", ["expert=8", "expert=2,tensor=4"])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import cpu
-from gptoss_jax.mxfp4 import MxTensor, as_rows
+from gptoss_jax.mxfp4 import as_rows
 from gptoss_jax.ops import backends, trained
 from gptoss_jax.ops.experts import additions_of, group, in_blocks, swiglu
 from gptoss_jax.ops.linear import PACKED, LowRank, adapted_product, low_rank_product
@@ -108,20 +108,13 @@ def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
     return trained.run("experts", reference, forward, backward, *parts)
 
 
-def mlp_on_gpu(*parts, alpha, limit, spread):
+def mlp_on_gpu(*parts, alpha, limit):
     from gptoss_jax.kernels.gpu import moe  # Pallas takes 0.2 s to import
 
     *arrays, low_rank = parts
     by_products = functools.partial(_mlp_by_products, alpha=alpha, limit=limit)
     if low_rank:
         return by_products(*parts)
-
-    def varying(x):
-        """As the result varies over a mesh, so that its gradient adds up over the others' axes."""
-        if isinstance(x, MxTensor) or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        rest = tuple(a for a in spread if a not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, rest, to="varying") if rest else x
 
     @jax.custom_vjp
     def fused(x, weights, gate_up_bias, down_bias, experts, gate_up, down):
@@ -140,7 +133,7 @@ def mlp_on_gpu(*parts, alpha, limit, spread):
         return *jax.vjp(again, *arrays)[1](gradient), None, None, None
 
     fused.defvjp(lambda *parts: (fused(*parts), parts), backward)
-    x, weights, experts, gate_up, gate_up_bias, down, down_bias = map(varying, arrays)
+    x, weights, experts, gate_up, gate_up_bias, down, down_bias = arrays
     return fused(x, weights, gate_up_bias, down_bias, experts, gate_up, down)
 
 

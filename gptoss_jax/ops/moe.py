@@ -149,6 +149,16 @@ def _spread_mlp(
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
     scatter = functools.partial(jax.lax.psum_scatter, axis_name="expert", tiled=True)
     rest = tuple(axis for axis in spread if axis not in rows)
+    axes = tuple(dict.fromkeys((*rows, *spread)))
+
+    def varying(x):
+        """As the result varies, so that gradients add up over the others' axes once and here: in a
+        branch that not all devices take they would wait for each other for ever.
+        """
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        more = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, more, to="varying") if more else x
 
     @jax.named_scope("expert_mlp")
     def local(x_MD, weights_MX, experts_MX, *held: Any):
@@ -158,6 +168,7 @@ def _spread_mlp(
                 name: pair._replace(gain_BR=gather(pair.gain_BR)) for name, pair in held[-1].items()
             }
             held = (*held[:-1], low_rank)
+        x_MD, weights_MX, held = jax.tree.map(varying, (x_MD, weights_MX, held))
         count = held[0].shape[0]
         experts_MX = experts_MX - count * (jax.lax.axis_index(spread) if spread else 0)
         here_MX = (experts_MX >= 0) & (experts_MX < count)
@@ -168,7 +179,7 @@ def _spread_mlp(
             *held,
             alpha=alpha,
             limit=limit,
-            spread=tuple(dict.fromkeys((*rows, *spread))),
+            spread=axes,
         )
         if "expert" in rows:
             out_MD = scatter(out_MD)
@@ -204,9 +215,7 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
     reference = functools.partial(mlp, alpha=alpha, limit=limit, spread=spread, some=some)
     others = {
         "cpu": Backend(functools.partial(mlp_on_cpu, alpha=alpha, limit=limit), why_not_cpu()),
-        "gpu": Backend(
-            functools.partial(mlp_on_gpu, alpha=alpha, limit=limit, spread=spread), why_not_gpu()
-        ),
+        "gpu": Backend(functools.partial(mlp_on_gpu, alpha=alpha, limit=limit), why_not_gpu()),
         "tpu": Backend(
             functools.partial(mlp_on_tpu, alpha=alpha, limit=limit),
             tpu.why_not(gate_up, down) or ("low-rank additions" if low_rank else None),
