@@ -23,7 +23,6 @@ import numpy as np
 from gptoss_jax.mxfp4 import BLOCK, MxTensor
 
 LANES, SUBLANES = 128, 32  # of a tile of bytes
-WORD = 8  # codes in a word
 GROUP = 64  # inputs that one row of tiles of words holds: 8 sublanes of 8 codes
 # 2^127 and more is infinite in bfloat16, and is in the reference: 12 halves are 2^(scale - 124.4)
 LARGEST_SCALE = 252
