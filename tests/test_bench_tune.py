@@ -15,6 +15,7 @@ from gptoss_jax.bench import tune
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels import cpu, tuning
 from gptoss_jax.kernels.cpu import library
+from gptoss_jax.kernels.gpu import attention, blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +68,38 @@ def test_tuned_values_are_kept_for_this_kind_of_cpu(monkeypatch, tmp_path):
         library.tune(library.Tuning())
 
 
-def test_a_gpus_candidates_are_of_its_tuning_and_run():
-    kernels = tune._gpu(tiny.SMALL, (1, 5), interpret=True)
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (0, {"outputs": 64, "depth": 32}),
+        (1, {"attention_slots": 32, "attention_programs": 16, "attention_rows": 64}),
+        (2, {"dense_depth": 64, "dense_programs": 8, "dense_outputs": 16}),
+    ],
+    ids=["experts", "attention", "dense"],
+)
+def test_a_gpus_candidates_are_of_its_tuning_and_run(number, changed):
+    kernels = tune._gpu(tiny.SMALL, (1, 5), interpret=True, context=200)[number]
     fields = {field.name for field in dataclasses.fields(kernels.start)}
-    assert set(kernels.candidates) <= fields
-    other = dataclasses.replace(kernels.start, outputs=32, depth=32)
-    results = [[np.asarray(call()) for call in kernels.calls(v)] for v in (kernels.start, other)]
+    assert set(changed) <= set(kernels.candidates) <= fields
+    other = dataclasses.replace(kernels.start, **changed)
+    results = [
+        [jax.tree.leaves(call()) for call in kernels.calls(v)] for v in (kernels.start, other)
+    ]
+    assert len(results[0]) == len(kernels.names)
     for first, second in zip(*results, strict=True):
-        assert np.abs(first).max() > 0
-        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+        for one, two in zip(first, second, strict=True):
+            one, two = np.asarray(one, np.float32), np.asarray(two, np.float32)
+            assert np.abs(one).max() > 0
+            np.testing.assert_allclose(one, two, rtol=0.02, atol=1e-2 * np.abs(one).max())
+
+
+def test_attention_and_products_take_the_values_of_the_card(monkeypatch):
+    """As the kernels choose where nobody hands them any."""
+    values = blocks.Tuning(attention_slots=32, attention_programs=64, attention_warps=2)
+    monkeypatch.setattr(attention, "at_hand", lambda: values)
+    cut = attention.cut(1, 1, 4096, 8, 8, 64, np.float16)
+    assert (cut.slots, cut.splits, cut.warps) == (32, 8, 2)
+    assert attention.cut(1, 1, 4096, 8, 8, 64, np.float16, chosen=blocks.Tuning()).splits == 32
 
 
 def test_a_device_without_such_kernels_is_refused(monkeypatch):

@@ -20,6 +20,7 @@ from gptoss_jax import sharding
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels.gpu import attention as kernel
 from gptoss_jax.kernels.gpu import attention_gradient
+from gptoss_jax.kernels.gpu.blocks import Tuning
 from gptoss_jax.ops import backends
 
 ops_attention = importlib.import_module("gptoss_jax.ops.attention")
@@ -63,6 +64,9 @@ def drawn(B, T, S, N=6, K=3, H=14, dtype=jnp.float32, seed=0) -> Any:
     return tuple(jnp.asarray(generator.normal(size=shape), dtype) for shape in shapes)
 
 
+ROWS = Tuning().attention_rows
+
+
 def ints(x) -> Any:
     return jnp.asarray(x, jnp.int32)
 
@@ -73,13 +77,13 @@ def full(lengths, S) -> Any:
 
 
 @functools.partial(jit, static_argnames=("window", "rows"))
-def attend(*parts: Any, segments=None, window=None, rows=kernel.ROWS):
+def attend(*parts: Any, segments=None, window=None, rows=ROWS):
     """In float32 too by the blocks of bfloat16, if `rows` is not another number."""
     with mock.patch.object(kernel, "FLOAT32_ROWS", rows):
         return kernel.attention(*parts, segments=segments, window=window, interpret=True)
 
 
-def check(parts, q_positions, k_positions, window=None, segments=None, rows=kernel.ROWS):
+def check(parts, q_positions, k_positions, window=None, segments=None, rows=ROWS):
     options: Any = {"window": window, "segments": segments}
     got = attend(*parts, q_positions, k_positions, rows=rows, **options)
     want = exact(parts, q_positions, k_positions, window=window, segments=segments)
@@ -228,7 +232,7 @@ def test_bfloat16_is_as_exact_as_the_reference(S):
 @functools.partial(jit, static_argnames="window")
 def pull(parts: Any, positions: Any, segments: Any, weigh: Any, window=None) -> Any:
     options: Any = {"window": window, "interpret": True}
-    with mock.patch.object(kernel, "FLOAT32_ROWS", kernel.ROWS):
+    with mock.patch.object(kernel, "FLOAT32_ROWS", ROWS):
         found = kernel.forward(*parts, *positions, segments=segments, **options)
         given = *parts, *positions, segments, *found, weigh
         return attention_gradient.backward(*given, **options)

@@ -121,7 +121,7 @@ def test_norm_bias_and_residual_are_those_of_the_operations(M):
 @pytest.mark.parametrize("M", [1, 5])
 def test_bfloat16_products_round_where_the_operations_round(M):
     """Inputs longer than a step of one row, and than its norm's."""
-    D = 4 * dense.DEPTH + 24
+    D = dense.NORM_DEPTH + 24
     x, scale = drawn(M, D, dtype=jnp.bfloat16), drawn(D, seed=1, dtype=jnp.bfloat16)
     weight = drawn(40, D, seed=2, dtype=jnp.bfloat16, scale=D**-0.5)
     bias = drawn(40, seed=3, dtype=jnp.bfloat16)

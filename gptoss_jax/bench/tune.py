@@ -28,18 +28,34 @@ CPU_CANDIDATES = {
     "cache": (256 << 10, 512 << 10, 1 << 20),
 }
 GPU_CANDIDATES = {
-    "outputs": (32, 64, 128),
-    "depth": (32, 64, 128),
-    "warps": (2, 4, 8),
-    "stages": (2, 3, 4, 6),
-    "many_outputs": (64, 128),
-    "many_depth": (32, 64),
-    "many_warps": (4, 8),
-    "many_stages": (2, 3, 4),
-    "most_rows": (64, 128, 256),
-    "many": (32, 64, 128),
+    "experts": {
+        "outputs": (32, 64, 128),
+        "depth": (32, 64, 128),
+        "warps": (1, 2, 4, 8),
+        "stages": (2, 3, 4, 6),
+        "many_outputs": (64, 128),
+        "many_depth": (32, 64),
+        "many_warps": (4, 8),
+        "many_stages": (2, 3, 4),
+        "most_rows": (64, 128, 256),
+        "many": (32, 64, 128),
+    },
+    "attention": {
+        "attention_programs": (128, 256, 512, 1024),
+        "attention_slots": (32, 64, 128),
+        "attention_rows": (64, 128),
+        "attention_warps": (2, 4, 8),
+    },
+    "dense": {
+        "dense_programs": (128, 256, 512),
+        "dense_depth": (512, 1024, 2048),
+        "dense_outputs": (16, 32, 64),
+        "dense_warps": (2, 4, 8),
+        "dense_stages": (2, 3, 4, 6),
+    },
 }
 ROWS = {"cpu": (1, 8, 64, 512), "gpu": (1, 8, 64, 512, 4096)}
+CONTEXT = 8192  # slots of a full cache that is tuned for
 Call = Callable[[], Any]
 
 
@@ -51,13 +67,15 @@ class Kernels:
       platform: "cpu" or "gpu".
       start: The values before the search.
       candidates: Field -> values to try.
-      calls: Values -> one call for each number of rows; what runs it needs no more preparation.
+      calls: Values -> one call for each of `names`; what runs it needs no more preparation.
+      names: Of the calls.
     """
 
     platform: str
     start: Any
     candidates: Mapping[str, Sequence[int]]
     calls: Callable[[Any], list[Call]]
+    names: Sequence[str] = ()
 
 
 def tune(
@@ -79,7 +97,7 @@ def tune(
       say: Told what was chosen.
 
     Returns:
-      The values, the file, and milliseconds before and after for each number of rows.
+      The values, the file, and milliseconds before and after of each call.
 
     Raises:
       GptOssError: This device has no kernels that can be tuned.
@@ -89,12 +107,16 @@ def tune(
     why = {"cpu": cpu.why_not, "gpu": gpu.why_not}.get(platform, lambda: f"this is a {platform}")()
     if platform not in made or why:
         raise GptOssError(f"only the kernels of CPUs and GPUs have values to tune, and {why}")
-    rows = rows or ROWS[platform]
-    kernels = made[platform](config, rows)
-    chosen, before, after = search(kernels, repeats, say)
+    chosen: Any = None
+    names, before, after = [], [], []
+    for kernels in made[platform](config, rows or ROWS[platform]):
+        kernels = dataclasses.replace(kernels, start=chosen or kernels.start)
+        chosen, *times = search(kernels, repeats, say)
+        for kept, found in zip((names, before, after), (kernels.names, *times), strict=True):
+            kept.extend(found)
     if platform == "cpu":
         library.tune(chosen)
-    found = {"ms before": _ms(rows, before), "ms after": _ms(rows, after)}
+    found = {"ms before": _ms(names, before), "ms after": _ms(names, after)}
     facts = {**machine.describe(), **found}
     file = tuning.save(platform, chosen, facts)
     return {"tuned": dataclasses.asdict(chosen), "file": str(file), **found}
@@ -128,7 +150,7 @@ def search(
     return chosen, before, after
 
 
-def _cpu(config: GptOssConfig, rows: Sequence[int]) -> Kernels:
+def _cpu(config: GptOssConfig, rows: Sequence[int]) -> list[Kernels]:
     product = jax.jit(cpu.grouped_product)
     given = _operands(config, rows)
 
@@ -139,26 +161,86 @@ def _cpu(config: GptOssConfig, rows: Sequence[int]) -> Kernels:
 
         return run
 
-    return Kernels(
-        "cpu",
-        library.Tuning(),
-        CPU_CANDIDATES,
-        lambda values: [call(values, operands) for operands in given],
-    )
+    return [
+        Kernels(
+            "cpu",
+            library.Tuning(),
+            CPU_CANDIDATES,
+            lambda values: [call(values, operands) for operands in given],
+            [str(count) for count in rows],
+        )
+    ]
 
 
-def _gpu(config: GptOssConfig, rows: Sequence[int], interpret: bool = False) -> Kernels:
-    from gptoss_jax.kernels.gpu import blocks, moe
+def _gpu(
+    config: GptOssConfig,
+    rows: Sequence[int],
+    interpret: bool = False,
+    context: int = CONTEXT,
+) -> list[Kernels]:
+    """Experts, attention and dense products, each with calls of its own; later ones start with what
+    the earlier ones found.
+    """
+    from gptoss_jax.kernels.gpu import attention, blocks, decode, dense, moe
 
-    given = _operands(config, rows)
+    dtype, random = jnp.bfloat16, jax.random.key(0)
+    N, K, H, D = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
 
-    def calls(values: blocks.Tuning) -> list[Call]:
-        call = functools.partial(moe.grouped_product, chosen=values, interpret=interpret)
-        product = jax.jit(call)
-        return [functools.partial(product, *operands) for operands in given]
+    def draw(*shape: int) -> jax.Array:
+        return jax.random.normal(random, shape, dtype)
 
+    def ready(kernel: Callable[..., Any], operands: Sequence[Any]) -> Callable[[Any], list[Call]]:
+        """Values -> calls with each of the operands."""
+
+        def calls(values: blocks.Tuning) -> list[Call]:
+            run = jax.jit(functools.partial(kernel, chosen=values, interpret=interpret))
+            return [functools.partial(run, *parts) for parts in operands]
+
+        return calls
+
+    def cached(count: int) -> tuple[jax.Array, ...]:
+        """One token each at the end of full caches."""
+        slots = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (count, context))
+        cache, angle = draw(count, context, K, H), jnp.ones((count, 1, H // 2), jnp.float32)
+        parts = draw(count, 1, N, H), draw(count, 1, K, H), draw(count, 1, K, H), angle, angle
+        last = jnp.full((count, 1), context - 1, jnp.int32)
+        return *parts, cache, cache, last[:, 0], draw(N), last, slots
+
+    def prompt(length: int) -> tuple[jax.Array, ...]:
+        places = jnp.arange(length, dtype=jnp.int32)[None]
+        keys = draw(1, length, K, H)
+        return draw(1, length, N, H), keys, keys, draw(N), places, places
+
+    def normed(x, weight, bias, norm, **options):
+        return dense.products(x, [weight], [bias], norm_D=norm, eps=1e-5, **options)
+
+    def attend(*parts, **options):
+        kernel = decode.attend_one if len(parts) > 6 else attention.attention
+        return kernel(*parts, **options)
+
+    few = [count for count in rows if count <= 64]
+    length = min(context, 2048)
+    outputs = (N + 2 * K) * H
+    matrix = draw(outputs, D), draw(outputs), jnp.ones(D, jnp.float32)
+    attended = [*(cached(count) for count in few if count <= 8), prompt(length)]
+    named = {
+        "experts": (moe.grouped_product, _operands(config, rows), [str(count) for count in rows]),
+        "attention": (
+            attend,
+            attended,
+            [*(f"attention, {n} at {context}" for n in few if n <= 8), f"attention, {length}"],
+        ),
+        "dense": (
+            normed,
+            [(draw(count, D), *matrix) for count in few],
+            [f"products, {count}" for count in few],
+        ),
+    }
     start = blocks.model(jax.devices()[0].device_kind)
-    return Kernels("gpu", start, GPU_CANDIDATES, calls)
+    return [
+        Kernels("gpu", start, GPU_CANDIDATES[name], ready(kernel, operands), labels)
+        for name, (kernel, operands, labels) in named.items()
+    ]
 
 
 def _operands(config: GptOssConfig, rows: Sequence[int]) -> list[tuple[Any, ...]]:
@@ -203,5 +285,5 @@ def _mean(times: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, times)))
 
 
-def _ms(rows: Sequence[int], times: Sequence[float]) -> dict[str, float]:
-    return {str(n): round(1e3 * t, 3) for n, t in zip(rows, times, strict=True)}
+def _ms(names: Sequence[str], times: Sequence[float]) -> dict[str, float]:
+    return {name: round(1e3 * t, 3) for name, t in zip(names, times, strict=True)}

@@ -22,11 +22,10 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 from jaxtyping import Array, Float, Int
 
-ROWS = 128  # of a product, at most: with 64 slots the scores and sums are 128 registers a thread
+from gptoss_jax.kernels.gpu.blocks import Tuning, at_hand
+
 FLOAT32_ROWS = 16  # whose products hold their operands in registers too; 32 spill
 SMALLEST = 16  # rows, slots and head size that tensor cores take
-SLOTS = 64  # of a step: 16 KB of keys and values with heads of 64, three of them in flight
-PROGRAMS = 256  # about two for each multiprocessor of an H200
 FEW_BLOCKS = 4  # of slots that one program reads rather than that a second kernel is started
 LOG2_E = math.log2(math.e)
 LEAST = -1e30  # a sink of -inf is taken as this
@@ -45,6 +44,7 @@ class Blocks:
       width: Of a head, padded to a power of two.
       slots: Of a step.
       splits: Programs that share the slots of one block of queries.
+      warps: Of a program.
     """
 
     queries: int
@@ -52,6 +52,7 @@ class Blocks:
     width: int
     slots: int
     splits: int
+    warps: int = 4
 
     @property
     def rows(self) -> int:
@@ -69,6 +70,7 @@ def attention(
     segments: Segments | None = None,
     window: int | None = None,
     *,
+    chosen: Tuning | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax over the visible keys and one sink per head, whose share is dropped.
@@ -82,6 +84,7 @@ def attention(
       k_positions_BS: int32, -1 where the slot holds nothing.
       segments: Segment ids of queries and keys; None for one segment.
       window: Keys a query sees, itself included; None for all.
+      chosen: Block sizes; by default those of the card.
       interpret: Run without a GPU.
 
     Returns:
@@ -89,7 +92,7 @@ def attention(
       definition).
     """
     parts = q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions_BT, k_positions_BS, segments
-    return forward(*parts, window=window, norm=False, interpret=interpret)[0]
+    return forward(*parts, window=window, norm=False, chosen=chosen, interpret=interpret)[0]
 
 
 def forward(
@@ -103,13 +106,14 @@ def forward(
     *,
     window: int | None,
     norm: bool = True,
+    chosen: Tuning | None = None,
     interpret: bool = False,
 ):
     """`attention`, and with `norm` the logarithm of each row's total, sink included: float32 [B, T,
     N], else None.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    blocks = cut(B, T, S, K, N // K, H, q_BTNH.dtype, split=not norm)
+    blocks = cut(B, T, S, K, N // K, H, q_BTNH.dtype, split=not norm, chosen=chosen)
     seen_BCs = seen(q_positions_BT, k_positions_BS, segments, window, blocks)
     first_BC, end_BC = extent(seen_BCs)
     count, splits = seen_BCs.shape[1], blocks.splits
@@ -163,19 +167,30 @@ def results_of(blocks: Blocks, shape, dtype, norm: bool = False):
     return list(results), list(specs)
 
 
-def cut(B: int, T: int, S: int, K: int, G: int, H: int, dtype, split: bool = True) -> Blocks:
-    """Blocks for these shapes; from what the hardware holds, not from measurements."""
+def cut(
+    B: int,
+    T: int,
+    S: int,
+    K: int,
+    G: int,
+    H: int,
+    dtype,
+    split: bool = True,
+    chosen: Tuning | None = None,
+) -> Blocks:
+    """Blocks for these shapes; `chosen` by default as the card has it."""
+    chosen = chosen or at_hand()
     heads, width = pl.next_power_of_2(G), max(SMALLEST, pl.next_power_of_2(H))
-    most = ROWS if jnp.dtype(dtype).itemsize == 2 else FLOAT32_ROWS
-    most = max(SMALLEST, min(ROWS, most * 64 // width))
+    most = chosen.attention_rows if jnp.dtype(dtype).itemsize == 2 else FLOAT32_ROWS
+    most = max(SMALLEST, min(chosen.attention_rows, most * 64 // width))
     rows = min(most, max(SMALLEST, pl.next_power_of_2(T * heads)))
-    queries = max(1, rows // heads)
-    most = -(-S // SLOTS)
+    queries, slots = max(1, rows // heads), chosen.attention_slots
+    most = -(-S // slots)
     splits = 1
     if split and most > FEW_BLOCKS:
-        wanted = PROGRAMS // (-(-T // queries) * K * B)
+        wanted = chosen.attention_programs // (-(-T // queries) * K * B)
         splits = 1 << max(0, min(wanted, most).bit_length() - 1)
-    return Blocks(queries, heads, width, SLOTS, splits)
+    return Blocks(queries, heads, width, slots, splits, chosen.attention_warps)
 
 
 def seen(q_positions_BT, k_positions_BS, segments, window, blocks: Blocks):
@@ -225,9 +240,10 @@ def _scalars(size, times):
 
 
 def compiler_params(dtype, blocks: Blocks) -> plgpu.CompilerParams:
-    """Four warps; as many steps in flight as 100 KB of shared memory hold."""
+    """As many steps in flight as 100 KB of shared memory hold."""
     step = 2 * blocks.slots * blocks.width * jnp.dtype(dtype).itemsize
-    return plgpu.CompilerParams(num_warps=4, num_stages=max(1, min(3, (80 << 10) // step)))
+    stages = max(1, min(3, (80 << 10) // step))
+    return plgpu.CompilerParams(num_warps=blocks.warps, num_stages=stages)
 
 
 def result_shape(shape: tuple[int, ...], dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:

@@ -30,6 +30,7 @@ from gptoss_jax.kernels.gpu.attention import (
     slots_of,
     visible,
 )
+from gptoss_jax.kernels.gpu.blocks import Tuning
 
 ROWS = 64  # of a product: scores are made twice and two sums kept, in the same registers
 
@@ -64,7 +65,7 @@ def backward(
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     G = N // K
-    blocks = cut(B, T, S, K, G, H, q_BTNH.dtype, split=False)
+    blocks = cut(B, T, S, K, G, H, q_BTNH.dtype, split=False, chosen=Tuning())
     few = max(1, max(SMALLEST, ROWS) // blocks.heads)
     blocks = dataclasses.replace(blocks, queries=min(blocks.queries, few))
     d_out_BTNH = d_out_BTNH.astype(q_BTNH.dtype)

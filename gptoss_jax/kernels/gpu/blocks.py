@@ -1,4 +1,4 @@
-"""Block sizes of the experts' kernels: a model of the card, or what was measured on it.
+"""Block sizes of the kernels: a model of the card, or what was measured on it.
 
 The model, for an H200 (4.8 TB/s, 132 multiprocessors): bytes in flight have to be bandwidth times
 latency, 4.8e12 * 0.7e-6 / 132 = 25 KB a multiprocessor. A step of few rows holds 32 outputs by 64
@@ -27,6 +27,17 @@ class Tuning:
       most_rows: Of a block.
       together: Pairs (row, expert) up to which a program finds its own rows among all; above it
         they are sorted.
+      attention_rows: (query, head) pairs of a program in a prefill, at most; with 64 slots the
+        scores and sums of 128 are 128 registers a thread.
+      attention_slots: Of a step: 64 are 16 KB of keys and values with heads of 64, three of them
+        in flight.
+      attention_warps: Of a program.
+      attention_programs: That a decode step's slots are split for; 256 are about two for each
+        multiprocessor of an H200.
+      dense_depth: Inputs of a step of a norm and product of one row.
+      dense_programs: That one row's product has at least, if its outputs are so many.
+      dense_outputs: Outputs of a program for more rows.
+      dense_warps, dense_stages: Of a norm and product.
     """
 
     outputs: int = 32
@@ -40,6 +51,15 @@ class Tuning:
     many_stages: int = 3
     most_rows: int = 256
     together: int = 1024
+    attention_rows: int = 128
+    attention_slots: int = 64
+    attention_warps: int = 4
+    attention_programs: int = 256
+    dense_depth: int = 1024
+    dense_programs: int = 256
+    dense_outputs: int = 32
+    dense_warps: int = 4
+    dense_stages: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

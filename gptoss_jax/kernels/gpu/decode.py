@@ -30,6 +30,7 @@ from gptoss_jax.kernels.gpu.attention import (
     slots_of,
     visible,
 )
+from gptoss_jax.kernels.gpu.blocks import Tuning
 
 
 def attend_one(
@@ -46,6 +47,7 @@ def attend_one(
     k_positions_BS: Int[Array, "B S"],
     window: int | None = None,
     *,
+    chosen: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B 1 N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Attention of one new token to the cache and itself.
@@ -59,6 +61,7 @@ def attend_one(
       q_positions_B1: int32.
       k_positions_BS: int32, after the new row is stored.
       window: Keys a query sees, itself included; None for all.
+      chosen: Block sizes; by default those of the card.
       interpret: Run without a GPU.
 
     Returns:
@@ -66,7 +69,7 @@ def attend_one(
     """
     (B, _, N, H), (S, K) = q_B1NH.shape, keys_BSKH.shape[1:3]
     G, dtype = N // K, keys_BSKH.dtype
-    blocks = cut(B, 1, S, K, G, H, dtype)
+    blocks = cut(B, 1, S, K, G, H, dtype, chosen=chosen)
     bounds = extent(seen(q_positions_B1, k_positions_BS, None, window, blocks))
     q = q_B1NH.reshape(B, 1, K, G, H)
     sinks = sinks_N.reshape(K, G)

@@ -17,11 +17,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.gpu.attention import result_shape
+from gptoss_jax.kernels.gpu.blocks import Tuning, at_hand
 
 MOST_ROWS = 64
 SMALLEST = 16  # rows and columns that tensor cores take
-DEPTH = 1024  # inputs of a step for one row; 4,096 for the norm
-PROGRAMS = 256
+NORM_DEPTH = 4096  # inputs of a step of one row's norm
+ROWS_DEPTH = 128  # inputs of a step for more rows
 
 
 def products(
@@ -34,6 +35,7 @@ def products(
     residual_MO: Float[Array, "M O"] | None = None,
     dtype=None,
     keep: bool = False,
+    chosen: Tuning | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """rms_norm(x) weight^T + bias for every weight, with float32 sums.
@@ -47,18 +49,21 @@ def products(
       residual_MO: Added to the first result after it is cast.
       dtype: Of the results; by default x's.
       keep: Also give rms_norm(x), last.
+      chosen: Block sizes; by default those of the card.
       interpret: Run without a GPU.
 
     Returns:
       [M, O] each.
     """
     M, D = x_MD.shape
-    dtype = dtype or x_MD.dtype
+    dtype, chosen = dtype or x_MD.dtype, chosen or at_hand()
     if M == 1:  # enough programs for every multiprocessor, and 5 MB of weights in flight
-        rows, depth = 1, DEPTH
-        outputs = min(8, pl.next_power_of_2(-(-sum(map(len, weights)) // PROGRAMS)))
+        rows, depth = 1, chosen.dense_depth
+        each = -(-sum(map(len, weights)) // chosen.dense_programs)
+        outputs = min(8, pl.next_power_of_2(each))
     else:
-        rows, depth, outputs = max(SMALLEST, pl.next_power_of_2(M)), 128, 32
+        rows, depth = max(SMALLEST, pl.next_power_of_2(M)), ROWS_DEPTH
+        outputs = chosen.dense_outputs
     depth = min(depth, max(SMALLEST, pl.next_power_of_2(D)))
     tiles = [-(-len(weight) // outputs) for weight in weights]
     results = [((M, len(weight)), dtype) for weight in weights]
@@ -72,7 +77,9 @@ def products(
         ),
         grid=(sum(tiles),),
         out_shape=[result_shape(*result, *inputs) for result in results],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=chosen.dense_warps, num_stages=chosen.dense_stages
+        ),
         interpret=interpret,
         name="products",
     )(*inputs)  # fmt: skip
@@ -101,7 +108,7 @@ def _products(x, *refs, tiles, sizes, eps, normed, added, keep):
 
     share = None
     if normed:
-        wide = depth if rows > 1 else min(4 * DEPTH, pl.next_power_of_2(D))
+        wide = depth if rows > 1 else min(NORM_DEPTH, pl.next_power_of_2(D))
 
         def squares(i, total):
             at = i * wide + jnp.arange(wide, dtype=jnp.int32)[None]
