@@ -167,7 +167,7 @@ def _cpu(config: GptOssConfig, rows: Sequence[int]) -> list[Kernels]:
             library.Tuning(),
             CPU_CANDIDATES,
             lambda values: [call(values, operands) for operands in given],
-            [str(count) for count in rows],
+            [f"experts, rows {count}" for count in rows],
         )
     ]
 
@@ -223,17 +223,21 @@ def _gpu(
     outputs = (N + 2 * K) * H
     matrix = draw(outputs, D), draw(outputs), jnp.ones(D, jnp.float32)
     attended = [*(cached(count) for count in few if count <= 8), prompt(length)]
+    labels = [f"experts, rows {count}" for count in rows]
     named = {
-        "experts": (moe.grouped_product, _operands(config, rows), [str(count) for count in rows]),
+        "experts": (moe.grouped_product, _operands(config, rows), labels),
         "attention": (
             attend,
             attended,
-            [*(f"attention, {n} at {context}" for n in few if n <= 8), f"attention, {length}"],
+            [
+                *(f"attention, rows {n}, context {context}" for n in few if n <= 8),
+                f"attention, prompt {length}",
+            ],
         ),
         "dense": (
             normed,
             [(draw(count, D), *matrix) for count in few],
-            [f"products, {count}" for count in few],
+            [f"products, rows {count}" for count in few],
         ),
     }
     start = blocks.model(jax.devices()[0].device_kind)

@@ -213,8 +213,8 @@ def _tune(arguments: Arguments) -> dict[str, Any]:
     from gptoss_jax.config import GptOssConfig
 
     found = tune(GptOssConfig.preset("gpt-oss-20b"), repeats=arguments.repeats, say=note)
-    for rows, before in found["ms before"].items():
-        note(f"{rows} rows: {before:.2f} ms before, {found['ms after'][rows]:.2f} after")
+    for name, before in found["ms before"].items():
+        note(f"{name}: {before:.2f} ms before, {found['ms after'][name]:.2f} after")
     note(f"kept in {found['file']}")
     return found
 
