@@ -4,6 +4,7 @@ Every instruction set is a unit of its own with its own flags; which one runs is
 library is loaded, so that machines of different kinds can share a cache folder.
 """
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import functools
@@ -185,12 +186,14 @@ def _version(compiler: str) -> str:
 
 
 def _compile(compiler: str, units: list[tuple[str, list[str]]], target: Path) -> None:
-    objects = []
-    for number, (name, flags) in enumerate(units):
-        objects.append(str(target.parent / f"{number}.o"))
-        include = ["-isystem", jax.ffi.include_dir()]
-        source = str(SOURCES / name)
-        _run([compiler, *FLAGS, *flags, *include, "-c", source, "-o", objects[-1]])
+    include = ["-isystem", jax.ffi.include_dir()]
+    objects = [str(target.parent / f"{number}.o") for number in range(len(units))]
+    commands = [
+        [compiler, *FLAGS, *flags, *include, "-c", str(SOURCES / name), "-o", made]
+        for (name, flags), made in zip(units, objects, strict=True)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))  # raises what the first of them raised
     _run([compiler, "-shared", "-pthread", "-o", str(target), *objects])
 
 
