@@ -169,9 +169,6 @@ def test_two_gpus_run_the_same_kernels_and_send_no_weight(sizes):
     assert found.temporaries < 0.3e9
 
 
-SPILT = {("h200:1", "prefill"): {"experts_down": 40}}  # bytes, once a block of 256 rows
-
-
 @cuda
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
@@ -191,5 +188,4 @@ def test_no_kernel_of_a_step_spills(topology, step, batch, tmp_path):
     assert {"experts_gate_up", "experts_down"} <= names
     assert {"attention_step", "products"} <= names or (step == "prefill" and "attention" in names)
     assert all(0 < one.registers <= 255 for one in found)
-    allowed = SPILT.get((topology, step), {})
-    assert not [one for one in found if one.spilled > allowed.get(one.name, 0)]
+    assert not [one for one in found if one.spilled]
