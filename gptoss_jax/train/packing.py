@@ -10,14 +10,12 @@ every segment and all padding weigh 0.
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.train.samples import Sample
-
-Batch = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

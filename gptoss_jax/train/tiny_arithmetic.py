@@ -9,7 +9,6 @@ network can learn reliably.
 import hashlib
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands")
-MAX_DIGITS = 5
 HELD_OUT_PERCENT = 5
 
 
