@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,46 +46,63 @@ def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) ->
       trained: Whether a gradient is taken: float32 rows then take the CPU's kernel too, whose sums
         have another order than XLA's.
     """
-    given, result = subscripts.split("->")
-    a, b = given.split(",")
-    rows, outputs, inputs = _matrix_letters(a, b, result)
-    size = dict(zip(a + b, x.shape + weight.shape, strict=True))
-    M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
+    form = _form(subscripts)
+    size = dict(zip(form.x + form.weight, x.shape + weight.shape, strict=True))
+    M, N, K = form.matrix(size)
+    shape = [size[letter] for letter in form.result]
 
     def reference(x, weight):
         times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if _as_matrices((a, rows + inputs), (b, outputs + inputs), (result, rows + outputs)):
-            out = times("MK,NK->MN", x.reshape(M, K), weight.reshape(N, K))
-            return out.reshape([size[i] for i in result])
-        return times(subscripts, x, weight)
+        if not form.as_matrices():
+            return times(subscripts, x, weight)
+        return times("MK,NK->MN", x.reshape(M, K), weight.reshape(N, K)).reshape(shape)
 
     def kernel(x, weight):
         if x.dtype == jnp.float32:
-            out = cpu.training.dense(x.reshape(M, K), weight.reshape(N, K))
-        else:
-            out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
-        return out.reshape([size[i] for i in result])
+            return cpu.training.dense(x.reshape(M, K), weight.reshape(N, K)).reshape(shape)
+        out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
+        return out.reshape(shape)
 
-    why = _why_no_kernel(x, weight, trained)
-    if why is None and (result, b) != (rows + outputs, outputs + inputs):
-        why = f"{subscripts} is not rows times rows of weights"
+    why = _why_no_kernel(form, x, weight, trained)
     if why is None and x.dtype == jnp.bfloat16 and K % COLUMNS:
         why = f"inputs are no multiple of {COLUMNS}"
     return backends.run("product", reference, {"cpu": Backend(kernel, why)}, x, weight)
 
 
-def _matrix_letters(a: str, b: str, result: str) -> tuple[str, str, str]:
-    """Letters of rows, outputs and inputs of einsum("a,b->result")."""
-    rows = "".join(i for i in a if i in result)
-    return rows, "".join(i for i in b if i in result), "".join(i for i in a if i not in result)
-
-
-def _as_matrices(*letters: tuple[str, str]) -> bool:
-    """Whether operands are taken as matrices, each of whose letters stand as wanted: XLA's CPU
-    compiler turns an operand over in memory to sum over two of its axes.
+class _Form(NamedTuple):
+    """An einsum that is a product of matrices, in letters: of operands and result, and of what the
+    matrices' axes are.
     """
-    plain = all(given == wanted for given, wanted in letters)
-    return plain and sharding.current() is None and backends.platform() == "cpu"
+
+    x: str
+    weight: str
+    result: str
+    rows: str
+    outputs: str
+    inputs: str
+
+    def matrix(self, size: Mapping[str, int]) -> tuple[int, ...]:
+        """Rows, outputs and inputs; sizes are those of the letters."""
+        parts = self.rows, self.outputs, self.inputs
+        return tuple(math.prod(size[letter] for letter in part) for part in parts)
+
+    def plain(self) -> bool:
+        """Whether operands and result are matrices as they lie: rows of x times rows of weights."""
+        lie = self.rows + self.inputs, self.outputs + self.inputs, self.rows + self.outputs
+        return (self.x, self.weight, self.result) == lie
+
+    def as_matrices(self) -> bool:
+        """Whether the reference takes them so: XLA's CPU compiler turns an operand over in memory
+        to sum over two of its axes.
+        """
+        return self.plain() and sharding.current() is None and backends.platform() == "cpu"
+
+
+def _form(subscripts: str) -> _Form:
+    given, result = subscripts.split("->")
+    x, weight = given.split(",")
+    rows, inputs = ("".join(i for i in x if (i in result) == where) for where in (True, False))
+    return _Form(x, weight, result, rows, "".join(i for i in weight if i in result), inputs)
 
 
 def _first(rows: int) -> jax.Array:
@@ -92,7 +110,7 @@ def _first(rows: int) -> jax.Array:
     return jnp.zeros((rows, 1), jnp.int32)
 
 
-def _why_no_kernel(x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
+def _why_no_kernel(form: _Form, x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
     """Why kernels/cpu does not compute a plain product of these."""
     if x.dtype == weight.dtype == jnp.float32:
         if not trained:
@@ -103,6 +121,8 @@ def _why_no_kernel(x: jax.Array, weight: jax.Array, trained: bool) -> str | None
         return f"activations are {x.dtype}, weights {weight.dtype}"
     if sharding.current() is not None:
         return "the mesh's partitioner knows einsums only"
+    if not form.plain():
+        return f"{form.x},{form.weight}->{form.result} is not rows times rows of weights"
     return cpu.why_not()
 
 
@@ -112,28 +132,26 @@ def _forward(subscripts, x, weight):
 
 def _backward(subscripts, kept, gradient):
     x, weight = kept
-    given, result = subscripts.split("->")
-    a, b = given.split(",")
-    gradient = gradient.astype(x.dtype)
-    to_weight = jnp.einsum(f"{a},{result}->{b}", x, gradient, preferred_element_type=jnp.float32)
+    form, gradient = _form(subscripts), gradient.astype(x.dtype)
+    to_weight = jnp.einsum(
+        f"{form.x},{form.result}->{form.weight}", x, gradient, preferred_element_type=jnp.float32
+    )
     to_x = product_transposed(subscripts, gradient, weight)
     return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
 
 
 def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) -> jax.Array:
     """The gradient of `product` with respect to x, float32; `gradient` in x's dtype."""
-    given, result = subscripts.split("->")
-    a, b = given.split(",")
-    rows, outputs, inputs = _matrix_letters(a, b, result)
-    size = dict(zip(result + b, gradient.shape + weight.shape, strict=True))
-    M, N, K = (math.prod(size[i] for i in part) for part in (rows, outputs, inputs))
+    form = _form(subscripts)
+    size = dict(zip(form.result + form.weight, gradient.shape + weight.shape, strict=True))
+    M, N, K = form.matrix(size)
+    shape = [size[letter] for letter in form.x]
 
     def reference(gradient, weight):
         times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if _as_matrices((a, rows + inputs), (b, outputs + inputs), (result, rows + outputs)):
-            out = times("MN,NK->MK", gradient.reshape(M, N), weight.reshape(N, K))
-            return out.reshape([size[i] for i in a])
-        return times(f"{result},{b}->{a}", gradient, weight)
+        if not form.as_matrices():
+            return times(f"{form.result},{form.weight}->{form.x}", gradient, weight)
+        return times("MN,NK->MK", gradient.reshape(M, N), weight.reshape(N, K)).reshape(shape)
 
     def kernel(gradient, weight):
         if gradient.dtype == jnp.float32:
@@ -142,11 +160,9 @@ def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) 
             out = cpu.grouped_product_transposed(
                 gradient.reshape(M, 1, N), _first(M), weight.reshape(1, N, K)
             )
-        return out.reshape([size[i] for i in a])
+        return out.reshape(shape)
 
-    why = _why_no_kernel(gradient, weight, trained=True)
-    if why is None and (a, result, b) != (rows + inputs, rows + outputs, outputs + inputs):
-        why = f"{subscripts} is not rows times rows of weights"
+    why = _why_no_kernel(form, gradient, weight, trained=True)
     if why is None and gradient.dtype == jnp.bfloat16 and (K % COLUMNS or N % 2):
         why = f"inputs are no multiple of {COLUMNS}, or outputs odd"
     return backends.run("product", reference, {"cpu": Backend(kernel, why)}, gradient, weight)
