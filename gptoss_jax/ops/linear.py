@@ -13,7 +13,7 @@ from gptoss_jax import sharding
 from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
-from gptoss_jax.ops.product import computed, product, product_transposed
+from gptoss_jax.ops.product import computed, form_of, product, product_transposed
 
 
 class LowRank(NamedTuple):
@@ -69,7 +69,8 @@ def linear(
     if addition is None:
         out = product(subscripts, x, weight)
         return (out if bias is None else out + _as(bias, out)).astype(x.dtype)
-    rows = _letters(subscripts)[0]
+    form = form_of(subscripts)
+    rows = form.rows
 
     def reference(x, weight, bias, addition):
         out = product(subscripts, x, weight) + low_rank_product(subscripts, x, addition)
@@ -92,6 +93,8 @@ def linear(
         return out.reshape(*x.shape[: len(rows)], *addition.b.shape[:-1])
 
     why = "the mesh's partitioner knows einsums only" if sharding.current() else cpu.why_not()
+    if not form.plain():
+        why = f"{subscripts} is not rows times rows of weights"
     parts = x, weight, bias, addition
     with jax.named_scope("low_rank"):
         out = backends.run("product", reference, {"cpu": Backend(kernel, why)}, *parts)
@@ -178,9 +181,8 @@ def _adapted_backward(base, kept, gradient):
     to_weight = base.to_weight(rounded, x, weight)
     here = ((experts >= 0) & (experts < len(a)))[..., None]
     to_bias = None if bias is None else jnp.where(here, gradient, 0).sum((0, 1))
-    to_x, to_gain = (g.sum(1) if g.shape[1] > 1 else g[:, 0] for g in (to_x, to_gain))
-    parts = to_a.astype(a.dtype), to_b.astype(b.dtype), to_gain, to_bias
-    return to_x.astype(x.dtype), None, to_weight, *parts
+    parts = to_a.astype(a.dtype), to_b.astype(b.dtype), to_gain.sum(1), to_bias
+    return to_x.sum(1).astype(x.dtype), None, to_weight, *parts
 
 
 adapted_product.defvjp(_adapted_forward, _adapted_backward)
@@ -195,17 +197,10 @@ def low_rank_product(subscripts: str, x: jax.Array, addition: LowRank) -> jax.Ar
       x: Activations.
       addition: b (gain * (a x)), computed in x's dtype.
     """
-    rows, inputs, outputs = _letters(subscripts)
+    form = form_of(subscripts)
+    rows, inputs, outputs = form.rows, form.inputs, form.outputs
     a, b, gain = addition
     h = product(f"{rows}{inputs},R{inputs}->{rows}R", x, a.astype(x.dtype))
     gain = jnp.expand_dims(gain, tuple(range(1, len(rows))))
     h = (h * gain).astype(x.dtype)
     return product(f"{rows}R,{outputs}R->{rows}{outputs}", h, b.astype(x.dtype))
-
-
-def _letters(subscripts: str) -> tuple[str, str, str]:
-    """Letters of rows, inputs and outputs."""
-    given, result = subscripts.split("->")
-    letters, weight = given.split(",")
-    rows = "".join(letter for letter in letters if letter not in weight)
-    return rows, letters[len(rows) :], result[len(rows) :]

@@ -46,7 +46,7 @@ def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) ->
       trained: Whether a gradient is taken: float32 rows then take the CPU's kernel too, whose sums
         have another order than XLA's.
     """
-    form = _form(subscripts)
+    form = form_of(subscripts)
     size = dict(zip(form.x + form.weight, x.shape + weight.shape, strict=True))
     M, N, K = form.matrix(size)
     shape = [size[letter] for letter in form.result]
@@ -69,7 +69,7 @@ def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) ->
     return backends.run("product", reference, {"cpu": Backend(kernel, why)}, x, weight)
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """An einsum that is a product of matrices, in letters: of operands and result, and of what the
     matrices' axes are.
     """
@@ -98,11 +98,12 @@ class _Form(NamedTuple):
         return self.plain() and sharding.current() is None and backends.platform() == "cpu"
 
 
-def _form(subscripts: str) -> _Form:
+def form_of(subscripts: str) -> Form:
+    """The form of an einsum of x and weight, every letter of which stands in two places."""
     given, result = subscripts.split("->")
     x, weight = given.split(",")
     rows, inputs = ("".join(i for i in x if (i in result) == where) for where in (True, False))
-    return _Form(x, weight, result, rows, "".join(i for i in weight if i in result), inputs)
+    return Form(x, weight, result, rows, "".join(i for i in weight if i in result), inputs)
 
 
 def _first(rows: int) -> jax.Array:
@@ -110,7 +111,7 @@ def _first(rows: int) -> jax.Array:
     return jnp.zeros((rows, 1), jnp.int32)
 
 
-def _why_no_kernel(form: _Form, x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
+def _why_no_kernel(form: Form, x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
     """Why kernels/cpu does not compute a plain product of these."""
     if x.dtype == weight.dtype == jnp.float32:
         if not trained:
@@ -132,7 +133,7 @@ def _forward(subscripts, x, weight):
 
 def _backward(subscripts, kept, gradient):
     x, weight = kept
-    form, gradient = _form(subscripts), gradient.astype(x.dtype)
+    form, gradient = form_of(subscripts), gradient.astype(x.dtype)
     to_weight = jnp.einsum(
         f"{form.x},{form.result}->{form.weight}", x, gradient, preferred_element_type=jnp.float32
     )
@@ -142,7 +143,7 @@ def _backward(subscripts, kept, gradient):
 
 def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) -> jax.Array:
     """The gradient of `product` with respect to x, float32; `gradient` in x's dtype."""
-    form = _form(subscripts)
+    form = form_of(subscripts)
     size = dict(zip(form.result + form.weight, gradient.shape + weight.shape, strict=True))
     M, N, K = form.matrix(size)
     shape = [size[letter] for letter in form.x]
