@@ -57,6 +57,7 @@ GPU_CANDIDATES = {
 ROWS = {"cpu": (1, 8, 64, 512), "gpu": (1, 8, 64, 512, 4096)}
 CONTEXT = 8192  # slots of a full cache that is tuned for
 Call = Callable[[], Any]
+Case = tuple[str, Callable[..., Any], tuple[Any, ...]]  # name of a call, kernel, operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +190,13 @@ def _gpu(
     def draw(*shape: int) -> jax.Array:
         return jax.random.normal(random, shape, dtype)
 
-    def ready(kernel: Callable[..., Any], operands: Sequence[Any]) -> Callable[[Any], list[Call]]:
-        """Values -> calls with each of the operands."""
-
-        def calls(values: blocks.Tuning) -> list[Call]:
-            run = jax.jit(functools.partial(kernel, chosen=values, interpret=interpret))
-            return [functools.partial(run, *parts) for parts in operands]
-
-        return calls
+    def calls(cases: Sequence[Case], values: blocks.Tuning) -> list[Call]:
+        options = {"chosen": values, "interpret": interpret}
+        compiled = [jax.jit(functools.partial(kernel, **options)) for _, kernel, _ in cases]
+        return [
+            functools.partial(run, *operands)
+            for run, (_, _, operands) in zip(compiled, cases, strict=True)
+        ]
 
     def cached(count: int) -> tuple[jax.Array, ...]:
         """One token each at the end of full caches."""
@@ -214,36 +214,33 @@ def _gpu(
     def normed(x, weight, bias, norm, **options):
         return dense.products(x, [weight], [bias], norm_D=norm, eps=1e-5, **options)
 
-    def attend(*parts, **options):
-        kernel = decode.attend_one if len(parts) > 6 else attention.attention
-        return kernel(*parts, **options)
-
     few = [count for count in rows if count <= 64]
     length = min(context, 2048)
     outputs = (N + 2 * K) * H
     matrix = draw(outputs, D), draw(outputs), jnp.ones(D, jnp.float32)
-    attended = [*(cached(count) for count in few if count <= 8), prompt(length)]
-    labels = [f"experts, rows {count}" for count in rows]
-    named = {
-        "experts": (moe.grouped_product, _operands(config, rows), labels),
-        "attention": (
-            attend,
-            attended,
-            [
-                *(f"attention, rows {n}, context {context}" for n in few if n <= 8),
-                f"attention, prompt {length}",
-            ],
-        ),
-        "dense": (
-            normed,
-            [(draw(count, D), *matrix) for count in few],
-            [f"products, rows {count}" for count in few],
-        ),
+    experts = zip(rows, _operands(config, rows), strict=True)
+    cases: dict[str, list[Case]] = {
+        "experts": [(f"experts, rows {n}", moe.grouped_product, parts) for n, parts in experts],
+        "attention": [
+            *(
+                (f"attention, rows {n}, context {context}", decode.attend_one, cached(n))
+                for n in few
+                if n <= 8
+            ),
+            (f"attention, prompt {length}", attention.attention, prompt(length)),
+        ],
+        "dense": [(f"products, rows {n}", normed, (draw(n, D), *matrix)) for n in few],
     }
     start = blocks.model(jax.devices()[0].device_kind)
     return [
-        Kernels("gpu", start, GPU_CANDIDATES[name], ready(kernel, operands), labels)
-        for name, (kernel, operands, labels) in named.items()
+        Kernels(
+            "gpu",
+            start,
+            GPU_CANDIDATES[name],
+            functools.partial(calls, own),
+            [label for label, _, _ in own],
+        )
+        for name, own in cases.items()
     ]
 
 
