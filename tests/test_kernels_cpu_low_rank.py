@@ -114,3 +114,15 @@ def test_dense_additions_as_the_reference(gains):
 
     for found, want in zip(*map(jax.tree.leaves, (gradients(None), gradients("xla"))), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * float(abs(want).max()))
+
+
+def test_weights_that_lie_otherwise_are_computed_by_the_reference():
+    """Inputs first, as many as outputs: a kernel that took them for rows would be wrong unseen."""
+    rng = np.random.default_rng(4)
+    x, weight, a, b, gain = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 5, 8), (8, 8), (3, 8), (8, 3), (1, 3))
+    )
+    out = jax.jit(lambda *parts: linear("BTD,DN->BTN", x, weight, None, LowRank(*parts)))
+    want = x @ weight + ((x @ a.T) * gain[None]) @ b.T
+    np.testing.assert_allclose(out(a, b, gain), want, rtol=1e-5, atol=1e-5)
