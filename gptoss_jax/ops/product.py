@@ -17,7 +17,10 @@ from gptoss_jax.ops.backends import Backend
 COLUMNS = 32  # inputs of a product come in such blocks where a kernel computes it
 
 
-def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+Weight = jax.Array | cpu.CompactMatrix
+
+
+def product(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:
     """einsum(subscripts, x, weight) with float32 sums and a float32 result.
 
     The gradient of the result is rounded to x's dtype before it is multiplied, as training in
@@ -28,17 +31,17 @@ def product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     Args:
       subscripts: Every letter stands in two of x, weight and result.
       x: Activations.
-      weight: Of x's dtype.
+      weight: Of x's dtype; a compact one is frozen.
     """
     return _product(subscripts, x, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+def _product(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:
     return computed(subscripts, x, weight, trained=False)
 
 
-def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) -> jax.Array:
+def computed(subscripts: str, x: jax.Array, weight: Weight, trained: bool) -> jax.Array:
     """`product`, whose gradient is somebody else's.
 
     Args:
@@ -52,6 +55,7 @@ def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) ->
     shape = [size[letter] for letter in form.result]
 
     def reference(x, weight):
+        weight = _plain(weight)
         times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         if not form.as_matrices():
             return times(subscripts, x, weight)
@@ -60,6 +64,8 @@ def computed(subscripts: str, x: jax.Array, weight: jax.Array, trained: bool) ->
     def kernel(x, weight):
         if x.dtype == jnp.float32:
             return cpu.training.dense(x.reshape(M, K), weight.reshape(N, K)).reshape(shape)
+        if isinstance(weight, cpu.CompactMatrix):
+            return cpu.compact_product(x.reshape(M, K), weight.reshape(N, K)).reshape(shape)
         out = cpu.grouped_product(x.reshape(M, K), _first(M), weight.reshape(1, N, K))
         return out.reshape(shape)
 
@@ -106,12 +112,16 @@ def form_of(subscripts: str) -> Form:
     return Form(x, weight, result, rows, "".join(i for i in weight if i in result), inputs)
 
 
+def _plain(weight: Weight) -> jax.Array:
+    return weight.released() if isinstance(weight, cpu.CompactMatrix) else weight
+
+
 def _first(rows: int) -> jax.Array:
     """The only expert for every row."""
     return jnp.zeros((rows, 1), jnp.int32)
 
 
-def _why_no_kernel(form: Form, x: jax.Array, weight: jax.Array, trained: bool) -> str | None:
+def _why_no_kernel(form: Form, x: jax.Array, weight: Weight, trained: bool) -> str | None:
     """Why kernels/cpu does not compute a plain product of these."""
     if x.dtype == weight.dtype == jnp.float32:
         if not trained:
@@ -134,6 +144,8 @@ def _forward(subscripts, x, weight):
 def _backward(subscripts, kept, gradient):
     x, weight = kept
     form, gradient = form_of(subscripts), gradient.astype(x.dtype)
+    if isinstance(weight, cpu.CompactMatrix):
+        return product_transposed(subscripts, gradient, weight).astype(x.dtype), None
     to_weight = jnp.einsum(
         f"{form.x},{form.result}->{form.weight}", x, gradient, preferred_element_type=jnp.float32
     )
@@ -141,8 +153,9 @@ def _backward(subscripts, kept, gradient):
     return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
 
 
-def product_transposed(subscripts: str, gradient: jax.Array, weight: jax.Array) -> jax.Array:
+def product_transposed(subscripts: str, gradient: jax.Array, weight: Weight) -> jax.Array:
     """The gradient of `product` with respect to x, float32; `gradient` in x's dtype."""
+    weight = _plain(weight)
     form = form_of(subscripts)
     size = dict(zip(form.result + form.weight, gradient.shape + weight.shape, strict=True))
     M, N, K = form.matrix(size)

@@ -5,6 +5,9 @@ from gptoss_jax.kernels.cpu.attention import HEAD_BLOCK as HEAD_BLOCK
 from gptoss_jax.kernels.cpu.attention import attention as attention
 from gptoss_jax.kernels.cpu.attention import attention_and_norm as attention_and_norm
 from gptoss_jax.kernels.cpu.attention import attention_gradient as attention_gradient
+from gptoss_jax.kernels.cpu.compact import CompactMatrix as CompactMatrix
+from gptoss_jax.kernels.cpu.compact import compact as compact
+from gptoss_jax.kernels.cpu.compact import compact_product as compact_product
 from gptoss_jax.kernels.cpu.library import why_not as why_not
 from gptoss_jax.kernels.cpu.low_rank import add_low_rank as add_low_rank
 from gptoss_jax.kernels.cpu.low_rank import add_low_rank_gradient as add_low_rank_gradient

@@ -8,10 +8,13 @@
 #pragma once
 #include <cstdint>
 
+#include "compact.h"
+
 struct Arithmetic {
   int bytes;   // of an operand: 2 (bfloat16) or 4 (float32)
   int group;   // values that share an order when MXFP4 is unpacked
   int direct;  // rows up to which mx_direct is used; 0: there is none
+  int compact_rows;  // and `compact`; 0: there is none
 
   // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32.
   void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y);
@@ -20,6 +23,10 @@ struct Arithmetic {
                     float* const* y);
   // One packed row -> operands in the unpacked order, zeros up to a multiple of `group`.
   void (*unpack)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
+  // The same with the group of rows of a compact matrix that begins at n, of which `count` are wanted; and that group as
+  // operands [rows of the group, K].
+  void (*compact)(const void* x, int64_t x_row, int rows, const Compact& w, int64_t n, int count, float* y, int64_t y_row);
+  void (*unpack_compact)(const Compact& w, int64_t n, void* out);
   // y[m * stride_y + k] += sum_n g[m][n] w[n][k] for n < N (even), k < K (a multiple of 64 in panels); the panel was made by
   // `panel` from rows of operands.
   void (*panel)(const void* const* w, int N, int K, void* out);

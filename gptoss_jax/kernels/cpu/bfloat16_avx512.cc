@@ -302,6 +302,8 @@ void spread(const void* const* g, int rows, const void* from, int N, int K, floa
     by_rows<Spread>(rows - m < kRows ? rows - m : kRows, a + m, b, N, K, y + m * stride, stride);
 }
 
+#include "compact_avx512.h"
+
 float largest(const float* scores, int count) {
   __m512 found = _mm512_loadu_ps(scores);
   for (int i = 16; i < count; i += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(scores + i));
@@ -334,5 +336,5 @@ float exponentials(const float* scores, int count, float largest, void* out) {
 
 }  // namespace
 
-extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,      64,    4,      tiles,   mx_direct,
-                                                      unpack, panel, spread, largest, exponentials};
+extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,       64,     4,       kCompactRows,   tiles,   mx_direct, unpack,
+                                                      compact, unpack_compact, panel,  spread,  largest, exponentials};

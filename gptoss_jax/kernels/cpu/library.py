@@ -31,6 +31,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("choice.cc", []),
     ("threads.cc", []),
     ("products.cc", []),
+    ("compact.cc", []),
     ("attention.cc", []),
     ("attention_gradient.cc", []),
     ("low_rank.cc", []),
@@ -45,6 +46,9 @@ X86_UNITS = [
 ]
 TARGETS = (
     "gptoss_product",
+    "gptoss_compact",
+    "gptoss_compact_pack",
+    "gptoss_compact_exceptions",
     "gptoss_attention",
     "gptoss_attention_gradient",
     "gptoss_low_rank",
