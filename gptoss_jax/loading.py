@@ -100,7 +100,7 @@ def load(
     form = experts or ("released" if adapters else storage_for(params, spread))
     if form != "released":
         params = laid_out(params, form, spread)
-    if experts is None and not adapters and spread is None:
+    if experts is None and spread is None:
         params = compacted(params)
     tokenizer = load_tokenizer(folder)
     context = max_context or config.max_context
@@ -175,34 +175,35 @@ def compacted(params: Params) -> Params:
         return params
     rooms = [(layer["attention"], name) for layer in params["layers"].values() for name in "qkvo"]
     for room, name in [*rooms, (params, "unembedding")]:
-        found = cpu.compact(room[name], inputs=2 if name == "o" else 1)
+        found = cpu.as_compact(room[name], inputs=2 if name == "o" else 1)
         room[name] = room[name] if found is None else found
     return params
 
 
-def released(model: Model) -> Model:
-    """The same model with its weights as they were released, bit for bit: what training, adapters
-    and saving take. The model itself if that is how they lie.
+def released(model: Model, kinds: tuple[type, ...] = (tpu.TpuExperts, cpu.CompactMatrix)) -> Model:
+    """The same model with its weights as they were released, bit for bit: what training and saving
+    take. The model itself if that is how they lie.
+
+    Args:
+      model: What `load` gave.
+      kinds: Of the layouts that are undone; adapters do with compact matrices.
 
     Raises:
       GptOssError: Its experts are folded, and hold their released bytes no more.
     """
-    kinds = tpu.TpuExperts, cpu.CompactMatrix
+
+    def is_leaf(x):
+        return isinstance(x, kinds)
 
     def one(leaf):
-        if isinstance(leaf, cpu.CompactMatrix):
-            return leaf.released()
-        if not isinstance(leaf, tpu.TpuExperts):
+        if not is_leaf(leaf):
             return leaf
-        if not leaf.packed:
+        if isinstance(leaf, tpu.TpuExperts) and not leaf.packed:
             raise GptOssError(
                 f"{model.name}: the experts are folded to float8_e5m2 for a TPU's kernels and hold "
                 "the released bytes no more: load the model with experts='released'"
             )
         return leaf.released()
-
-    def is_leaf(x):
-        return isinstance(x, kinds)
 
     if not any(map(is_leaf, jax.tree.leaves(model.params, is_leaf=is_leaf))):
         return model
@@ -248,7 +249,7 @@ def with_adapters(model: Model, adapters: Mapping[str, str | os.PathLike[str]]) 
     Raises:
       GptOssError: As `load`.
     """
-    model = released(model)
+    model = released(model, (tpu.TpuExperts,))
     base = model._on_mesh(files.fingerprint, model.config, model.params)
     loaded = {}
     for name, folder in adapters.items():

@@ -169,7 +169,7 @@ def main() -> None:
     use_cores(given.threads)  # before XLA starts
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from gptoss_jax import bounds
+    from gptoss_jax.bench import report
     from gptoss_jax.bench.model import open_model
 
     total = given.prompt + given.steps * (given.turns + 1)
@@ -190,7 +190,7 @@ def main() -> None:
         loop.append(rate() / 1e9)
         context = given.prompt + given.steps * number
         for name, n in batches.items():
-            reads = bounds.step(model.config, {}, n, 1, context).bytes / 1e6
+            reads = report.least(model, context, 0, n)["decode"].bytes / 1e6
             shares[name].append(100 * reads / milliseconds[name][-1] / loop[-1])
         by_rows = batches[second] / batches.get(first, batches[second])
         ratios.append(milliseconds[first][-1] / milliseconds[second][-1] * by_rows)

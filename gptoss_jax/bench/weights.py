@@ -5,6 +5,7 @@ that no product overflows and routing is about uniform.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from gptoss_jax.loading import compacted, laid_out, storage_for, use_compilation
 from gptoss_jax.tokenizer import load_tokenizer
 
 PIECE = 1 << 20  # bytes drawn at once: they are shaped while a cache has them
-# Sign, lowest bit of the exponent and mantissa are random, the rest of the exponent is not:
-# magnitudes from 2^-7 to 2^-5, deviation 0.02, and nothing is computed in another type.
+DEVIATION = 0.02
+# Word, and where it has sign and mantissa.
 PATTERNS = {
-    np.dtype(jnp.bfloat16): (np.uint16, 0x80FF, 0x3C00),
-    np.dtype(np.float32): (np.uint32, 0x80FFFFFF, 0x3C000000),
+    np.dtype(jnp.bfloat16): (np.uint16, 0x807F),
+    np.dtype(np.float32): (np.uint32, 0x807FFFFF),
 }
 
 
@@ -183,9 +184,23 @@ def _drawn(shape, dtype, name, seed):
     bits = bits ^ (bits >> 16)
     if dtype not in PATTERNS:
         return ((bits & 3) + 118 if name == "scales" else bits).astype(jnp.uint8)
-    word, kept, exponent = PATTERNS[dtype]
-    words = (bits.astype(word) & word(kept)) | word(exponent)
+    # Sign, lowest bit of the exponent and mantissa are random, the rest of the exponent is not:
+    # magnitudes from 2^-7 to 2^-5, and nothing is computed in another type.
+    word, kept = PATTERNS[dtype]
+    size = dtype.itemsize * 8
+    lowest = 1 << (size - 9)
+    words = (bits.astype(word) & word(kept | lowest)) | word(0x3C << (size - 8))
     return jax.lax.bitcast_convert_type(words, dtype)
+
+
+@functools.cache
+def _exponents(dtype: np.dtype) -> np.ndarray:
+    """Words with the exponents of normally distributed values and nothing else: how many of them
+    are rare is what kernels/cpu/compact.py lives on.
+    """
+    values = np.random.Generator(np.random.SFC64(0)).normal(0, DEVIATION, 4 * PIECE).astype(dtype)
+    word, rest = PATTERNS[dtype]
+    return values.view(word) & word(~rest & (1 << dtype.itemsize * 8) - 1)
 
 
 def fill(values: np.ndarray, name: Any, generator: np.random.SFC64) -> None:
@@ -193,8 +208,8 @@ def fill(values: np.ndarray, name: Any, generator: np.random.SFC64) -> None:
 
     Args:
       values: uint8 (MXFP4), bfloat16 or float32.
-      name: "norm" makes ones, "scales" exponents from 2^-9 to 2^-6, anything else values about 0,
-        or any bytes.
+      name: "norm" makes ones, "scales" exponents from 2^-9 to 2^-6, anything else values whose
+        magnitudes are about those of a normal distribution, or any bytes.
       generator: Where the bits come from.
     """
     if name == "norm":
@@ -208,7 +223,8 @@ def fill(values: np.ndarray, name: Any, generator: np.random.SFC64) -> None:
             part &= 3
             part += 118
         elif values.dtype in PATTERNS:
-            word, kept, exponent = PATTERNS[values.dtype]
-            bits = part.view(word)
+            word, kept = PATTERNS[values.dtype]
+            bits, drawn = part.view(word), _exponents(values.dtype)
+            first = int(generator.random_raw()) % (drawn.size - bits.size)
             bits &= kept
-            bits |= exponent
+            bits |= drawn[first : first + bits.size]

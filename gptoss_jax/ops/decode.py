@@ -18,6 +18,7 @@ from gptoss_jax.ops.backends import Backend
 from gptoss_jax.ops.linear import linear
 from gptoss_jax.ops.moe import route
 from gptoss_jax.ops.norm import rms_norm
+from gptoss_jax.ops.product import Weight
 
 MOST_ROWS = 64  # above it the products are large enough to be kernels of their own
 
@@ -27,7 +28,7 @@ def norm_linears(
     norm_D: Float[Array, " D"],
     eps: float,
     subscripts: Sequence[str],
-    weights: Sequence[Float[Array, "..."]],
+    weights: Sequence[Weight],
     biases: Sequence[Float[Array, "..."]],
 ) -> tuple[jax.Array, ...]:
     """linear(rms_norm(x), weight, bias) for every weight.
@@ -62,7 +63,7 @@ def norm_linears(
 def add_linear(
     x_BTD: Float[Array, "B T D"],
     out_BTNH: Float[Array, "B T N H"],
-    weight_DNH: Float[Array, "D N H"],
+    weight_DNH: Weight,
     bias_D: Float[Array, " D"],
 ) -> Float[Array, "B T D"]:
     """x + linear(out, weight, bias)."""
@@ -106,19 +107,21 @@ def norm_route(
         return _run(reference, on_gpu, x_MD, norm_D, weight_ED, bias_E)
 
 
-def _run(reference: Callable[..., Any], on_gpu: Callable[..., Any], *arrays: jax.Array) -> Any:
+def _run(
+    reference: Callable[..., Any], on_gpu: Callable[..., Any], x: jax.Array, *others: Weight
+) -> Any:
     """By the back end of "product"; on other platforms than GPUs its own of each part."""
     kernel = jax.custom_vjp(on_gpu)
     kernel.defvjp(
         lambda *arrays: (kernel(*arrays), arrays),
         lambda arrays, gradient: jax.vjp(reference, *arrays)[1](gradient),
     )
-    others = {name: Backend(reference, None) for name in ("cpu", "tpu")}
-    others["gpu"] = Backend(kernel, _why_not(*arrays))
-    return backends.run("product", reference, others, *arrays)
+    rooms = {name: Backend(reference, None) for name in ("cpu", "tpu")}
+    rooms["gpu"] = Backend(kernel, _why_not(x, *others))
+    return backends.run("product", reference, rooms, x, *others)
 
 
-def _why_not(x: jax.Array, *others: jax.Array) -> str | None:
+def _why_not(x: jax.Array, *others: Weight) -> str | None:
     if sharding.current() is not None:
         return "the mesh's partitioner knows einsums only"
     if _rows(x).shape[0] > MOST_ROWS:

@@ -13,7 +13,7 @@ from gptoss_jax import sharding
 from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
-from gptoss_jax.ops.product import computed, form_of, product, product_transposed
+from gptoss_jax.ops.product import Weight, computed, form_of, product, product_transposed
 
 
 class LowRank(NamedTuple):
@@ -49,7 +49,7 @@ class Rounded(NamedTuple):
 def linear(
     subscripts: str,
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Weight,
     bias=None,
     addition: LowRank | None = None,
 ) -> Float[Array, "..."]:
@@ -59,7 +59,7 @@ def linear(
       subscripts: Letters of x, weight and output, for example "BTD,NHD->BTNH"; x and output begin
         with BT.
       x: Activations.
-      weight: Weight in the released layout (outputs first), of x's dtype.
+      weight: Weight in the released layout (outputs first), of x's dtype; compact ones are frozen.
       bias: None, or an array over the output's last axes.
       addition: Added to the weight.
 
@@ -125,8 +125,10 @@ class Base(NamedTuple):
 DENSE = Base(
     lambda x, experts, weight, trained: computed("MI,OI->MO", x, weight, trained)[:, None],
     lambda g, experts, weight: product_transposed("MI,OI->MO", g[:, 0], weight)[:, None],
-    lambda g, x, weight: jnp.einsum("MXO,MI->OI", g, x, preferred_element_type=jnp.float32).astype(
-        weight.dtype
+    lambda g, x, weight: (
+        None
+        if isinstance(weight, cpu.CompactMatrix)
+        else jnp.einsum("MXO,MI->OI", g, x, preferred_element_type=jnp.float32).astype(weight.dtype)
     ),
 )
 PACKED = Base(

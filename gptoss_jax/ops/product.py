@@ -14,10 +14,8 @@ from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
-COLUMNS = 32  # inputs of a product come in such blocks where a kernel computes it
-
-
 Weight = jax.Array | cpu.CompactMatrix
+COLUMNS = 32  # inputs of a product come in such blocks where a kernel computes it
 
 
 def product(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:

@@ -6,7 +6,8 @@ from gptoss_jax.kernels.cpu.attention import attention as attention
 from gptoss_jax.kernels.cpu.attention import attention_and_norm as attention_and_norm
 from gptoss_jax.kernels.cpu.attention import attention_gradient as attention_gradient
 from gptoss_jax.kernels.cpu.compact import CompactMatrix as CompactMatrix
-from gptoss_jax.kernels.cpu.compact import compact as compact
+from gptoss_jax.kernels.cpu.compact import as_compact as as_compact
+from gptoss_jax.kernels.cpu.compact import compact_matrices as compact_matrices
 from gptoss_jax.kernels.cpu.compact import compact_product as compact_product
 from gptoss_jax.kernels.cpu.library import why_not as why_not
 from gptoss_jax.kernels.cpu.low_rank import add_low_rank as add_low_rank

@@ -9,6 +9,7 @@ few others are kept beside it. Made at load and never saved; compact.h says what
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,11 @@ class CompactMatrix:
         """Bytes held."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
+    @property
+    def row(self) -> int:
+        """K."""
+        return self.bytes.shape[1] // 3 * 2
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -78,6 +84,17 @@ class CompactMatrix:
         assert math.prod(whole) == self.size, (shape, self.shape)
         return dataclasses.replace(self, shape=whole)
 
+    def head(self) -> "CompactMatrix":
+        """Its first rows, at most 16; exceptions of others are none of theirs."""
+        rows = min(GROUP, self.size // self.row)
+        return dataclasses.replace(
+            self,
+            bytes=self.bytes[:GROUP],
+            exponents=self.exponents[:GROUP],
+            starts=self.starts[: GROUP + 1],
+            shape=(rows, self.row),
+        )
+
     def released(self) -> jax.Array:
         """The bfloat16 array again, bit for bit."""
         return _released(self)
@@ -86,10 +103,16 @@ class CompactMatrix:
         return f"CompactMatrix(shape={self.shape}, {self.nbytes} bytes)"
 
 
+def compact_matrices(tree: Any) -> list[CompactMatrix]:
+    """Those of a tree of parameters."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, CompactMatrix))
+    return [x for x in leaves if isinstance(x, CompactMatrix)]
+
+
 @jax.jit
 def _released(matrix: CompactMatrix) -> jax.Array:
     """compact.h read backwards."""
-    N, K = len(matrix.exponents), matrix.bytes.shape[1] // 3 * 2
+    N, K = len(matrix.exponents), matrix.row
     whole = N // GROUP * GROUP
     groups = [(0, whole, GROUP), (whole, N, N - whole)]
     bits = jnp.concatenate(
@@ -117,12 +140,14 @@ def _bits(packed: jax.Array, exponents: jax.Array, rows: int, K: int) -> jax.Arr
         for unit, count in ((UNIT, width // UNIT), (UNIT // 2, width % UNIT // (UNIT // 2))):
             if not count:
                 continue
-            units = here[..., at : at + 3 * unit * count].reshape(-1, pairs, count, 2, unit // 2 * 3)
+            units = here[..., at : at + 3 * unit * count].reshape(
+                -1, pairs, count, 2, unit // 2 * 3
+            )
             at += 3 * unit * count
             low, codes = units[..., :unit], units[..., unit:]
             codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
             high = (codes >> 3 << 7) | (first + (codes & 7))
-            values = high.astype(jnp.uint16) << 8 | low
+            values = high.astype(jnp.uint16) << 8 | low.astype(jnp.uint16)
             # of 64 bytes the runs of 8 belong to the first and the last 32 values in turn
             values = values.reshape(*values.shape[:-1], -1, 4, 2, 8).swapaxes(-3, -2)
             values = values.reshape(-1, pairs, count, 2, unit).swapaxes(2, 3)
@@ -130,7 +155,7 @@ def _bits(packed: jax.Array, exponents: jax.Array, rows: int, K: int) -> jax.Arr
     return jnp.concatenate(found, axis=-1).reshape(-1, K)
 
 
-def compact(weight: jax.Array, inputs: int) -> CompactMatrix | None:
+def as_compact(weight: jax.Array, inputs: int) -> CompactMatrix | None:
     """The same values in 12 bits each, packed by all cores.
 
     Args:
@@ -150,7 +175,7 @@ def compact(weight: jax.Array, inputs: int) -> CompactMatrix | None:
 
 
 def packed(weight: jax.Array, inputs: int) -> CompactMatrix | None:
-    """`compact` of a bfloat16 array of any size whose rows are a multiple of 64, on any machine
+    """`as_compact` of a bfloat16 array of any size whose rows are a multiple of 64, on any machine
     that has kernels; None if too many exponents lie too far apart.
     """
     K, N = math.prod(weight.shape[-inputs:]), math.prod(weight.shape[:-inputs])
