@@ -2,7 +2,7 @@
 #pragma once
 
 constexpr int kCompactRows = 8;        // of activations that are multiplied as weights come from memory
-constexpr int kCompactAhead = 16384;   // bytes of weights that are asked for so far ahead
+constexpr int kCompactAhead = 8192;   // bytes of weights that are asked for so far ahead
 
 // High bytes of a row's 16 codes, in every 128 bits.
 inline __m512i high_bytes(uint8_t exponent) {
@@ -50,10 +50,11 @@ struct Exceptions {
   }
 };
 
-// Up to 128 values of a pair from column k on, with their exceptions, and the column of the next one.
-__attribute__((noinline, cold)) int64_t read_pair(const uint8_t* at, __m512i first, __m512i second, int64_t k, int width,
-                                                  Exceptions& exceptions, uint16_t (*out)[Compact::kUnit]) {
-  for (int c = 0; c < 2; c++) {
+// 128 or 64 values of a pair from column k on, with their exceptions, the second row's `stride` behind the first's; and the
+// column of the next exception.
+__attribute__((noinline)) int64_t read_pair(const uint8_t* at, __m512i first, __m512i second, int64_t k, int width,
+                                            Exceptions& exceptions, uint16_t* out, int64_t stride) {
+  for (int c = 0; c < 2; c++, out += stride) {
     const __m512i table = c ? second : first;
     __m512bh b[2];
     for (int start = 0; start < width; start += 64) {
@@ -63,11 +64,11 @@ __attribute__((noinline, cold)) int64_t read_pair(const uint8_t* at, __m512i fir
         read<1>(at + 192 * c, table, b);
       else
         read<0>(at + 192 * c, table, b);
-      _mm512_storeu_si512(out[c] + start, (__m512i)b[0]);
-      _mm512_storeu_si512(out[c] + start + 32, (__m512i)b[1]);
+      _mm512_storeu_si512(out + start, (__m512i)b[0]);
+      _mm512_storeu_si512(out + start + 32, (__m512i)b[1]);
     }
     for (; exceptions.place[c] < exceptions.end[c] && *exceptions.place[c] < k + width; exceptions.place[c]++)
-      out[c][*exceptions.place[c] - k] = *exceptions.value[c]++;
+      out[*exceptions.place[c] - k] = *exceptions.value[c]++;
   }
   return exceptions.next();
 }
@@ -76,7 +77,7 @@ __attribute__((noinline, cold)) int64_t read_pair(const uint8_t* at, __m512i fir
 template <int R>
 void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n, int count, float* y, int64_t y_row) {
   alignas(64) __m512 kept[Compact::kGroup / 2][R][2];
-  alignas(64) uint16_t room[2][Compact::kUnit];
+  alignas(64) uint16_t room[2 * Compact::kUnit];
   Exceptions exceptions[Compact::kGroup / 2];
   const uint8_t* at = w.group(n);
   const int64_t part = w.part(), x_3 = 3 * x_row, x_6 = 6 * x_row;
@@ -105,8 +106,8 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
           }
       };
       const auto add_room = [&](int from) __attribute__((always_inline)) {
-        const __m512bh b[2][2] = {{load(room[0] + from), load(room[0] + from + 32)},
-                                  {load(room[1] + from), load(room[1] + from + 32)}};
+        const uint16_t *one = room + from, *other = one + Compact::kUnit;
+        const __m512bh b[2][2] = {{load(one), load(one + 32)}, {load(other), load(other + 32)}};
         add(from, b);
       };
       int64_t k = begin;
@@ -114,7 +115,7 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
 #pragma GCC unroll 6
         for (int line = 0; line < 384; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
         if (__builtin_expect(next < k + Compact::kUnit, 0)) {
-          next = read_pair(at, first, second, k, Compact::kUnit, exceptions[p], room);
+          next = read_pair(at, first, second, k, Compact::kUnit, exceptions[p], room, Compact::kUnit);
           add_room(0);
           add_room(64);
           continue;
@@ -130,7 +131,7 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
       if (k < end) {
 #pragma GCC unroll 3
         for (int line = 0; line < 192; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
-        read_pair(at, first, second, k, 64, exceptions[p], room);
+        read_pair(at, first, second, k, 64, exceptions[p], room, Compact::kUnit);
         add_room(0);
         at += 192;
       }
@@ -165,7 +166,6 @@ void compact(const void* x, int64_t x_row, int rows, const Compact& w, int64_t n
 
 void unpack_compact(const Compact& w, int64_t n, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
-  alignas(64) uint16_t room[2][Compact::kUnit];
   Exceptions exceptions[Compact::kGroup / 2];
   const uint8_t* at = w.group(n);
   const int64_t part = w.part();
@@ -178,10 +178,7 @@ void unpack_compact(const Compact& w, int64_t n, void* out) {
       for (int64_t k = begin; k < end; k += Compact::kUnit) {
         const int width = end - k < Compact::kUnit ? 64 : Compact::kUnit;
         for (int line = 0; line < 3 * width; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
-        read_pair(at, first, second, k, width, exceptions[p], room);
-        for (int c = 0; c < 2; c++)
-          for (int v = 0; v < width; v += 32)
-            _mm512_storeu_si512(to + (2 * p + c) * w.K + k + v, _mm512_load_si512(room[c] + v));
+        read_pair(at, first, second, k, width, exceptions[p], to + 2 * p * w.K + k, w.K);
         at += 3 * width;
       }
     }
