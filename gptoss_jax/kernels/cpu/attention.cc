@@ -1,6 +1,7 @@
 // Attention with sinks over keys whose positions are known, for decode, for prefill and for training.
 //
-// A task has the queries of one kv head's group for a few positions, and reads keys and values in blocks; sums are scaled as
+// A task has the queries of a kv head's group for a few positions, or of several heads if they are few, and reads keys and
+// values in blocks, all its heads' of one block before the next: their values are neighbours in memory. Sums are scaled as
 // the largest score grows (Milakov and Gimelshein 2018, algorithm 3), and begin with the sink. Keys that none of the
 // task's queries sees are not read, so that the cost follows what is visible and not the cache's size. A query's result does
 // not depend on the others of its task: keys that it does not see add zeros.
@@ -20,9 +21,10 @@ struct Attention {
   float* norm;
 };
 
-void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t head, int64_t t0, int64_t count) {
+void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t head, int64_t heads, int64_t t0,
+              int64_t count) {
   const Arithmetic& use = *p.use;
-  const int64_t G = p.N / p.K, rows = G * count, H = p.H, bytes = use.bytes;
+  const int64_t G = p.N / p.K, rows = G * count, all = heads * rows, H = p.H, bytes = use.bytes;
   const int64_t size = p.kind == Kind::kBfloat16 ? 2 : 4;
   const bool wide = bytes == 4, in_place = size == bytes;
   const float scale = 1.0f / std::sqrt(float(H));
@@ -30,31 +32,34 @@ void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t hea
 
   float* scores = static_cast<float*>(scratch<5>(rows * kKeys * 4));
   char* weights = static_cast<char*>(scratch<6>(rows * kKeys * bytes));
-  float* sums = static_cast<float*>(scratch<3>(rows * H * 4));
+  float* const all_sums = static_cast<float*>(scratch<3>(all * H * 4));
   char* panel = static_cast<char*>(scratch<2>(kKeys * H * bytes));
   float* widened = in_place ? nullptr : static_cast<float*>(scratch<0>(2 * kKeys * H * 4));
-  float* q_wide = wide ? static_cast<float*>(scratch<1>(rows * H * 4)) : nullptr;
-  float most[kMostRows], total[kMostRows];
-  const void *q_rows[kMostRows], *weight_rows[kMostRows], *v_rows[kKeys];
+  float* const q_all = wide ? static_cast<float*>(scratch<1>(all * H * 4)) : nullptr;
+  float all_most[kMostRows], all_total[kMostRows];
+  const void *all_q[kMostRows], *weight_rows[kMostRows], *v_rows[kKeys];
   float* score_rows[kMostRows];
-  const auto place = [&](int64_t r) {  // row r: query t0 + r / G, head r % G of the group
-    return ((b * keys.T + t0 + r / G) * p.N + head * G + r % G) * H;
+  const auto place = [&](int64_t r) {  // row r: of kv head r / rows, query r % rows / G, head r % G of the group
+    return ((b * keys.T + t0 + r % rows / G) * p.N + (head + r / rows) * G + r % G) * H;
   };
+  for (int64_t r = 0; r < all; r++) {
+    all_q[r] = p.q + place(r) * size;
+    if (wide) copy_rows(p.kind, all_q[r], 0, 1, H, q_all + r * H);
+    all_most[r] = p.sinks[(head + r / rows) * G + r % G];
+    all_total[r] = 1.0f;
+  }
   for (int64_t r = 0; r < rows; r++) {
-    q_rows[r] = p.q + place(r) * size;
-    if (wide) copy_rows(p.kind, q_rows[r], 0, 1, H, q_wide + r * H);
     score_rows[r] = scores + r * kKeys;
     weight_rows[r] = weights + r * kKeys * bytes;
-    most[r] = p.sinks[head * G + r % G];
-    total[r] = 1.0f;
   }
-  std::memset(sums, 0, rows * H * 4);
+  std::memset(all_sums, 0, all * H * 4);
 
-  for (int64_t block = 0; block < keys.count(); block++) {
-    const Visibility::Part part = keys.part(queries, b, block);
-    if (part.start == part.end) continue;
+  const auto add = [&](const Visibility::Part& part, int64_t h) {
+    const void* const* q_rows = all_q + h * rows;
+    const float* q_wide = q_all + h * rows * H;
+    float *sums = all_sums + h * rows * H, *most = all_most + h * rows, *total = all_total + h * rows;
     const int64_t some = part.end - part.start, padded = (some + 15) / 16 * 16, step = p.K * H;
-    const int64_t from = (b * keys.S + part.start) * step + head * H;
+    const int64_t from = (b * keys.S + part.start) * step + (head + h) * H;
     const char *k = p.k + from * size, *v = p.v + from * size;
     int64_t stride = step;
     if (!in_place) {
@@ -95,17 +100,22 @@ void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t hea
     if (wide) {
       use.product(reinterpret_cast<float*>(weights), kKeys, 1, int(rows), reinterpret_cast<const float*>(v), stride,
                   int(some), int(H), sums, H, true);
-      continue;
+      return;
     }
     const int64_t even = (some + 1) / 2 * 2;  // of an odd number of keys the last is read twice, with a weight of 0
     for (int64_t s = 0; s < even; s++) v_rows[s] = v + std::min(s, some - 1) * stride * bytes;
     use.panel(v_rows, int(even), int(H), panel);
     use.spread(weight_rows, int(rows), panel, int(even), int(H), sums, H);
+  };
+  for (int64_t block = 0; block < keys.count(); block++) {
+    const Visibility::Part part = keys.part(queries, b, block);
+    for (int64_t h = 0; part.start < part.end && h < heads; h++) add(part, h);
   }
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t h = 0; h < H; h++) sums[r * H + h] /= total[r];
-    write_row(p.kind, sums + r * H, H, p.out + place(r) * size);
-    p.norm[place(r) / H] = most[r] + std::log(total[r]);
+  for (int64_t r = 0; r < all; r++) {
+    float* sums = all_sums + r * H;
+    for (int64_t h = 0; h < H; h++) sums[h] /= all_total[r];
+    write_row(p.kind, sums, H, p.out + place(r) * size);
+    p.norm[place(r) / H] = all_most[r] + std::log(all_total[r]);
   }
 }
 
@@ -134,9 +144,12 @@ ffi::Error attention(ffi::ThreadPool pool, int64_t window, ffi::AnyBuffer q, ffi
   int64_t seen = 0;
   for (const Range& block : keys.blocks) seen += block.first <= block.last ? kKeys : 0;
   if (window) seen = std::min(seen, keys.B * (window + keys.T));
-  parallel(pool, keys.B * p.K * parts, 2 * seen * keys.T * p.N * p.H, [&](int64_t i) {
-    const int64_t t0 = i % parts * step, head = i / parts % p.K, b = i / parts / p.K;
-    one_task(p, keys, b, head, t0, std::min(step, keys.T - t0));
+  const int64_t threads = pool.num_threads(), share = (keys.B * p.K * parts + threads - 1) / threads;
+  const int64_t heads = std::max<int64_t>(1, std::min({p.K, share, kUsualRows / (G * std::min(step, keys.T))}));
+  const int64_t groups = (p.K + heads - 1) / heads;
+  parallel(pool, keys.B * groups * parts, 2 * seen * keys.T * p.N * p.H, [&](int64_t i) {
+    const int64_t t0 = i % parts * step, head = i / parts % groups * heads, b = i / parts / groups;
+    one_task(p, keys, b, head, std::min(heads, p.K - head), t0, std::min(step, keys.T - t0));
   });
   return ffi::Error::Success();
 }
