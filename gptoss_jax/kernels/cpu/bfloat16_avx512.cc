@@ -9,6 +9,8 @@ constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
 constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weights, that are read by two rows first
 constexpr int kAhead = 8192, kPackedAhead = 17280;  // bytes of weights that are asked for so far ahead
+constexpr int kHead = 64;  // values of the shortest rows, which are attention's
+constexpr int kSoon = 48;  // rows after which such a row is asked for: they lie too far apart to be read ahead by the machine
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -192,9 +194,73 @@ void many(bool here, const uint16_t* const* a, int rows, const uint16_t* b, int6
     for (int m = 0; m < rows; m++) tile<1, 1, 0, 0>(a + m, b + n * stride, stride, 0, K, true, true, nullptr, y + m, n);
 }
 
+// 16 vectors of 16 pairs of bfloat16: vector i gets pair i of each.
+inline void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  // Now 128 bits q of v[4 r + p] are pair 4 q + p of vectors 4 r to 4 r + 3.
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; p++) {
+    const __m512i a = _mm512_shuffle_i32x4(v[p], v[4 + p], 0x44), b = _mm512_shuffle_i32x4(v[p], v[4 + p], 0xEE);
+    const __m512i c = _mm512_shuffle_i32x4(v[8 + p], v[12 + p], 0x44), d = _mm512_shuffle_i32x4(v[8 + p], v[12 + p], 0xEE);
+    t[p] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[4 + p] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    t[8 + p] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[12 + p] = _mm512_shuffle_i32x4(b, d, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+// Rows of weights of kHead values are so short that adding lanes up is most of the work: 16 of them are turned over, and
+// lanes become vectors. What is added to what is as in `totals`.
+void short_rows(const uint16_t* const* x, int rows, const uint16_t* w, int64_t stride, int N, float* const* y) {
+  alignas(64) __m512i turned[2][16];
+  for (int n = 0; n + 16 <= N; n += 16) {
+    for (int half = 0; half < 2; half++) {
+      __m512i v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(w + (n + i) * stride + 32 * half);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) turned[half][i] = v[i];
+    }
+    for (int i = kSoon; i < kSoon + 16; i++)
+      for (int half = 0; half < 2; half++) _mm_prefetch((const char*)(w + (n + i) * stride + 32 * half), _MM_HINT_T0);
+    for (int r = 0; r < rows; r++) {
+      const auto lane = [&](int i) __attribute__((always_inline)) {
+        int pairs[2];
+        __builtin_memcpy(pairs, x[r] + 2 * i, 4);
+        __builtin_memcpy(pairs + 1, x[r] + 32 + 2 * i, 4);
+        const __m512 first = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)_mm512_set1_epi32(pairs[0]), (__m512bh)turned[0][i]);
+        return _mm512_dpbf16_ps(first, (__m512bh)_mm512_set1_epi32(pairs[1]), (__m512bh)turned[1][i]);
+      };
+      const auto both = [&](int i) __attribute__((always_inline)) { return _mm512_add_ps(lane(i), lane(i + 8)); };
+      const auto four = [&](int i) __attribute__((always_inline)) {
+        return _mm512_add_ps(_mm512_add_ps(both(i), both(i + 1)), _mm512_add_ps(both(i + 2), both(i + 3)));
+      };
+      _mm512_storeu_ps(y[r] + n, _mm512_add_ps(four(0), four(4)));
+    }
+  }
+  for (int n = N / 16 * 16; n < N; n++)
+    for (int r = 0; r < rows; r++) tile<1, 1, 0, 0>(x + r, w + n * stride, stride, 0, kHead, true, true, nullptr, y + r, n);
+}
+
 void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const uint16_t* b = static_cast<const uint16_t*>(w);
+  if (K == kHead) return short_rows(a, rows, b, stride, N, y);
   switch (rows) {
     case 1: return few<1>(a, b, stride, 0, N, K, y);
     case 2: return few<2>(a, b, stride, 0, N, K, y);
@@ -237,6 +303,8 @@ void panel(const void* const* w, int N, int K, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
   for (int n = 0; n < N; n += 2) {
     const uint16_t *a = static_cast<const uint16_t*>(w[n]), *b = static_cast<const uint16_t*>(w[n + 1]);
+    for (int i = n + kSoon; i < n + kSoon + 2 && i < N; i++)
+      for (int line = 0; line < 2; line++) _mm_prefetch((const char*)w[i] + 64 * line, _MM_HINT_T0);
     for (int k = 0; k < K; k += 32, to += 64) {
       const __m512i x = _mm512_loadu_si512(a + k), y = _mm512_loadu_si512(b + k);
       _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
