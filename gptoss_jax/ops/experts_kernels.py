@@ -81,7 +81,8 @@ def _biased_swiglu(h_PO, bias_EO, experts_P, alpha, limit):
         to_bias = jnp.zeros_like(wide).at[experts].add(to_h, mode="drop")
         return to_h, to_bias.astype(bias.dtype), None
 
-    return trained.run("experts", reference, forward, backward, h_PO, bias_EO, experts_P)
+    parts, width = (h_PO, bias_EO, experts_P), h_PO.shape[1]
+    return trained.run("experts", reference, forward, backward, *parts, width=width)
 
 
 def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
@@ -105,7 +106,7 @@ def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
         return to_y, to_weights, to_bias.astype(bias.dtype), None
 
     parts = y_MXD, weights_MX, bias_ED, experts_MX
-    return trained.run("experts", reference, forward, backward, *parts)
+    return trained.run("experts", reference, forward, backward, *parts, width=y_MXD.shape[2])
 
 
 def mlp_on_gpu(*parts, alpha, limit):

@@ -106,4 +106,5 @@ def rotate(
         return turned(gradient, *kept, back=True), None, None
 
     with jax.named_scope("rotate"):
-        return trained.run("attention", reference, forward, backward, x, cos, sin)
+        width = x.shape[2] * x.shape[3]
+        return trained.run("attention", reference, forward, backward, x, cos, sin, width=width)

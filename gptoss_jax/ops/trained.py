@@ -1,7 +1,8 @@
-"""Parts of the network that a kernel computes only where a gradient is taken.
+"""Parts of the network between its products, which a CPU's kernels compute where a gradient is
+taken, or rows are wide.
 
-Without one XLA computes the definition, which it joins with what is around; a training step on a
-CPU spends half its time in what XLA leaves as loops of single values.
+Else XLA computes the definition, which it joins with what is around. But a training step spends
+half its time in what XLA leaves as loops of single values, and wide rows are worth a call.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
+WIDE = 2048  # values of a row whose loop takes longer than a call
+
 
 def run(
     operation: str,
@@ -22,9 +25,12 @@ def run(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     *arrays: jax.Array,
+    width: int = 0,
 ) -> Any:
-    """reference(*arrays), its gradient by the CPU's kernels where the first array is float32, on
-    one device.
+    """reference(*arrays), on one CPU by kernels: with a gradient where the first array is float32,
+    without one where rows are wide.
+
+    How many rows there are decides nothing: a row's result does not depend on others.
 
     Args:
       operation: One of backends.OPERATIONS: forced to the reference, kernels are not taken.
@@ -32,11 +38,13 @@ def run(
       forward: As for jax.custom_vjp: the result and what is kept.
       backward: Takes what is kept and the gradient of the result.
       *arrays: What is computed with.
+      width: Values of a row, if `forward` takes the first array whatever its type.
     """
     call = reference
-    first = arrays[0].dtype == jnp.float32
+    wide = width >= WIDE
+    first = wide or arrays[0].dtype == jnp.float32
     if first and sharding.current() is None and backends.platform() == "cpu" and not cpu.why_not():
-        call = jax.custom_vjp(reference)
+        call = jax.custom_vjp((lambda *arrays: forward(*arrays)[0]) if wide else reference)
         call.defvjp(forward, backward)
     others = {"cpu": Backend(call, None)}
     others |= {name: Backend(reference, None) for name in ("gpu", "tpu")}

@@ -98,27 +98,4 @@ struct Visibility {
   }
 };
 
-// Rows of float32, of `count` values each `stride` apart, made of bfloat16 or float32.
-inline void copy_rows(Kind kind, const void* from, int64_t stride, int64_t rows, int64_t count, float* to) {
-  for (int64_t r = 0; r < rows; r++, to += count)
-    if (kind == Kind::kFloat32)
-      std::memcpy(to, static_cast<const float*>(from) + r * stride, 4 * count);
-    else
-      for (int64_t i = 0; i < count; i++) to[i] = widen(static_cast<const uint16_t*>(from)[r * stride + i]);
-}
-
-// Float32 values rounded to the result's type, to the nearest, ties to even.
-inline void write_row(Kind kind, const float* from, int64_t count, void* to) {
-  if (kind == Kind::kFloat32) {
-    std::memcpy(to, from, 4 * count);
-    return;
-  }
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, 4);
-    bits += 0x7fff + (bits >> 16 & 1);
-    static_cast<uint16_t*>(to)[i] = uint16_t(bits >> 16);
-  }
-}
-
 }  // namespace

@@ -87,13 +87,25 @@ ffi::Error weighted_gradient(ffi::ThreadPool pool, Floats d_out, Floats y, Integ
   return ffi::Error::Success();
 }
 
-// x [rows, heads, 2 half], cos and sin [rows, half] -> x rotated, back if sign is -1.
-ffi::Error rotate(ffi::ThreadPool pool, float sign, Floats x, Floats cos, Floats sin, Result out) {
+// x [rows, heads, 2 half] of float32 or bfloat16, cos and sin [rows, half] -> x rotated, back if sign is -1.
+ffi::Error rotate(ffi::ThreadPool pool, float sign, ffi::AnyBuffer x, Floats cos, Floats sin,
+                  ffi::Result<ffi::AnyBuffer> out) {
+  const auto kind = kind_of(x.element_type());
+  if (!kind.has_value()) return kind.error();
   const int64_t rows = x.dimensions()[0], heads = x.dimensions()[1], half = cos.dimensions()[1];
+  const bool in_place = kind.value() == Kind::kFloat32;
   by_rows(pool, rows, heads * 2 * half, [&](int64_t r) {
-    for (int64_t i = r * heads; i < (r + 1) * heads; i++)
-      arithmetic().rotate(x.typed_data() + i * 2 * half, cos.typed_data() + r * half, sin.typed_data() + r * half,
-                          int(half), sign, out->typed_data() + i * 2 * half);
+    float* room = static_cast<float*>(scratch<0>(4 * half * 4));
+    for (int64_t i = r * heads; i < (r + 1) * heads; i++) {
+      const int64_t at = i * 2 * half * (in_place ? 4 : 2);
+      const char* from = static_cast<const char*>(x.untyped_data()) + at;
+      char* to = static_cast<char*>(out->untyped_data()) + at;
+      if (!in_place) copy_rows(kind.value(), from, 0, 1, 2 * half, room);
+      float* turned = in_place ? reinterpret_cast<float*>(to) : room + 2 * half;
+      arithmetic().rotate(in_place ? reinterpret_cast<const float*>(from) : room, cos.typed_data() + r * half,
+                          sin.typed_data() + r * half, int(half), sign, turned);
+      if (!in_place) write_row(kind.value(), turned, 2 * half, to);
+    }
   });
   return ffi::Error::Success();
 }
@@ -189,7 +201,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_weighted_gradient, weighted_gradient,
                               BINDING.Arg<Floats>().Arg<Floats>().Arg<Integers>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
                                   .Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_rotate, rotate,
-                              BINDING.Attr<float>("sign").Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+                              BINDING.Attr<float>("sign").Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm, norm,
                               BINDING.Attr<float>("eps").Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm_gradient, norm_gradient,

@@ -1,4 +1,6 @@
-"""A training step in float32: dense products, what lies between products, and gradients."""
+"""What lies between products (float32; of bfloat16 the rotation), and of a training step in float32
+dense products and gradients.
+"""
 
 from typing import Any
 
@@ -64,8 +66,9 @@ def rotate(
     sin_Rh: Float[Array, "R h"],
     back: bool = False,
 ) -> Float[Array, "R N H"]:
-    """`ops.rotate`, or the other way round, which is its gradient."""
-    call = _call("gptoss_rotate", x_RNH.shape)
+    """`ops.rotate` of float32 or bfloat16, or the other way round, which is its gradient."""
+    result = jax.ShapeDtypeStruct(x_RNH.shape, x_RNH.dtype)
+    call: Any = jax.ffi.ffi_call("gptoss_rotate", result, vmap_method="sequential")
     return call(x_RNH, cos_Rh, sin_Rh, sign=np.float32(-1 if back else 1))
 
 
