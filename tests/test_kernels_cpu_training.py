@@ -10,7 +10,7 @@ import pytest
 from gptoss_jax import model
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
-from gptoss_jax.ops import backends, expert_mlp, rms_norm, rotate
+from gptoss_jax.ops import backends, expert_mlp, experts_kernels, rms_norm, rotate
 from gptoss_jax.ops.loss import cross_entropy
 from gptoss_jax.ops.product import product
 from gptoss_jax.train import objective
@@ -157,3 +157,51 @@ def test_dense_products(arithmetic, rows, outputs, inputs):
     weight = weight / 8  # results of about 1: `compare` takes the cosine of three times these
     text = compare(lambda x, weight: product("BTD,OD->BTO", x, weight), x, weight)
     assert text.count("gptoss_dense") == 2  # forward, and with respect to x
+
+
+def wide_parts():
+    """Each part of rows of 2,048 values or more: a function of the rows alone, and rows."""
+    D, H, F, E = 2080, 64, 1040, 3
+    scale, angles, x, q, h, bias = normal(9, (D,), (7, 1, H // 2), (7, D), (7, 1, 33, H), (7, 2 * F), (E, 2 * F))  # fmt: skip
+    experts = jnp.arange(7, dtype=jnp.int32) % E
+
+    def swiglu(h, experts=experts):
+        return experts_kernels._biased_swiglu(h, bias, experts, 1.702, 7.0, jnp.bfloat16)
+
+    return {
+        "norm": (lambda x: rms_norm(x, scale, 1e-3), x.astype(jnp.bfloat16)),
+        "rotate": (
+            lambda q: rotate(q, jnp.cos(angles)[: len(q)], jnp.sin(angles)[: len(q)]),
+            q.astype(jnp.bfloat16),
+        ),
+        "swiglu": (lambda h: swiglu(h, experts[: len(h)]), h),
+    }
+
+
+@pytest.mark.parametrize("name", ["norm", "rotate", "swiglu"])
+def test_wide_rows_of_bfloat16(arithmetic, name):
+    """By kernels without a gradient too, rounded as the definition is but for one in a thousand."""
+    call, rows = wide_parts()[name]
+    assert f"gptoss_{name}" in jax.jit(call).lower(rows).as_text()
+    found = jax.jit(call)(rows)
+    with backends.use("xla"):
+        expected = jax.jit(call)(rows)
+    assert found.dtype == jnp.bfloat16
+    assert float((found == expected).mean()) > 0.999
+    wide = [np.asarray(x, np.float32) for x in (found, expected)]
+    np.testing.assert_allclose(*wide, rtol=2**-7)
+    for some in (1, 4):
+        np.testing.assert_array_equal(jax.jit(call)(rows[:some]), found[:some])
+
+
+@pytest.mark.parametrize("name", ["norm", "rotate", "swiglu"])
+def test_gradients_of_wide_rows(name):
+    call, rows = wide_parts()[name]
+
+    def gradient(rows):
+        return jax.grad(lambda x: jnp.sin(call(x).astype(jnp.float32)).sum())(rows)
+
+    found = np.asarray(jax.jit(gradient)(rows), np.float32)
+    with backends.use("xla"):
+        expected = np.asarray(jax.jit(gradient)(rows), np.float32)
+    np.testing.assert_allclose(found, expected, atol=0.02 * abs(expected).max(), rtol=0)

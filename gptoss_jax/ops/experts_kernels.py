@@ -56,27 +56,28 @@ def mlp_on_cpu(
         return out.reshape(M * X, -1)
 
     h = times("gate_up", x_MD, experts_MX, as_rows(gate_up_EFPD))
-    act = _biased_swiglu(h, gate_up_bias_EFP.reshape(E, F * P), flat, alpha, limit)
-    out = times("down", act.astype(x_MD.dtype), flat[:, None], down_EDF)
+    bias = gate_up_bias_EFP.reshape(E, F * P)
+    act = _biased_swiglu(h, bias, flat, alpha, limit, x_MD.dtype)
+    out = times("down", act, flat[:, None], down_EDF)
     # What came out for nobody's rows is biases alone.
     weights_MX = jnp.where(experts_MX < E, weights_MX, 0.0)
     return _weighted_sum(out.reshape(M, X, D), weights_MX, down_bias_ED, experts_MX)
 
 
-def _biased_swiglu(h_PO, bias_EO, experts_P, alpha, limit):
-    """`swiglu` of rows and their experts' biases; O are pairs (gate, up)."""
+def _biased_swiglu(h_PO, bias_EO, experts_P, alpha, limit, dtype):
+    """`swiglu` of rows and their experts' biases, in `dtype`; O are pairs (gate, up)."""
 
     def reference(h, bias, experts):
         h = h + jnp.take(bias, experts, axis=0, mode="clip").astype(jnp.float32)
-        return swiglu(h.reshape(len(h), -1, 2), alpha, limit)
+        return swiglu(h.reshape(len(h), -1, 2), alpha, limit).astype(dtype)
 
     def forward(h, bias, experts):
         wide = bias.astype(jnp.float32)
-        return cpu.training.swiglu(h, experts, wide, alpha, limit), (h, bias, experts)
+        return cpu.training.swiglu(h, experts, wide, alpha, limit, dtype), (h, bias, experts)
 
     def backward(kept, gradient):
         h, bias, experts = kept
-        wide = bias.astype(jnp.float32)
+        wide, gradient = bias.astype(jnp.float32), gradient.astype(jnp.float32)
         to_h = cpu.training.swiglu_gradient(gradient, h, experts, wide, alpha, limit)
         to_bias = jnp.zeros_like(wide).at[experts].add(to_h, mode="drop")
         return to_h, to_bias.astype(bias.dtype), None

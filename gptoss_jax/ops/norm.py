@@ -37,9 +37,11 @@ def rms_norm(
 
     def backward(kept, gradient):
         rows, wide, scale, inverse_R = kept
-        rows_of = gradient.reshape(rows.shape)
+        rows, rows_of = (x.astype(jnp.float32) for x in (rows, gradient.reshape(rows.shape)))
         to_x = cpu.training.norm_gradient(rows_of, rows, wide, inverse_R).reshape(gradient.shape)
-        return to_x, (rows_of * rows * inverse_R[:, None]).sum(0).astype(scale.dtype)
+        to_scale = (rows_of * rows * inverse_R[:, None]).sum(0)
+        return to_x.astype(gradient.dtype), to_scale.astype(scale.dtype)
 
     with jax.named_scope("rms_norm"):
-        return trained.run("product", reference, forward, backward, x, scale)
+        width = x.shape[-1]
+        return trained.run("product", reference, forward, backward, x, scale, width=width)

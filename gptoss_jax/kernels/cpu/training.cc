@@ -31,13 +31,54 @@ inline int64_t of(const int32_t* experts, int64_t row, int64_t count) {
   return std::clamp<int64_t>(experts[row], 0, count - 1);
 }
 
-// h [P, 2 F], experts [P], bias [E, 2 F] -> [P, F].
-ffi::Error swiglu(ffi::ThreadPool pool, float alpha, float limit, Floats h, Integers experts, Floats bias, Result act) {
+// A row of float32 or bfloat16 to be read.
+struct Read {
+  const float* row;
+  Read(Kind kind, const void* from, int64_t index, int64_t count) {
+    if (kind == Kind::kFloat32) {
+      row = static_cast<const float*>(from) + index * count;
+      return;
+    }
+    float* room = static_cast<float*>(scratch<0>(4 * count));
+    copy_rows(kind, static_cast<const uint16_t*>(from) + index * count, 0, 1, count, room);
+    row = room;
+  }
+};
+
+// One that is written in float32, and rounded at the end.
+class Written {
+ public:
+  Written(Kind kind, void* to, int64_t index, int64_t count) : kind_(kind), count_(count) {
+    if (kind == Kind::kFloat32) {
+      row_ = static_cast<float*>(to) + index * count;
+      return;
+    }
+    to_ = static_cast<uint16_t*>(to) + index * count;
+    row_ = static_cast<float*>(scratch<1>(4 * count));
+  }
+  ~Written() {
+    if (to_) write_row(kind_, row_, count_, to_);
+  }
+  float* row() const { return row_; }
+
+ private:
+  Kind kind_;
+  int64_t count_;
+  float* row_;
+  uint16_t* to_ = nullptr;
+};
+
+// h [P, 2 F], experts [P], bias [E, 2 F] -> float32 or bfloat16 [P, F].
+ffi::Error swiglu(ffi::ThreadPool pool, float alpha, float limit, Floats h, Integers experts, Floats bias,
+                  ffi::Result<ffi::AnyBuffer> act) {
+  const auto kind = kind_of(act->element_type());
+  if (!kind.has_value()) return kind.error();
   const int64_t P = act->dimensions()[0], F = act->dimensions()[1], E = bias.dimensions()[0];
   if (F % 16) return ffi::Error::InvalidArgument("expert hidden sizes must be a multiple of 16");
   by_rows(pool, P, 2 * F, [&](int64_t p) {
+    const Written to(kind.value(), act->untyped_data(), p, F);
     arithmetic().swiglu(h.typed_data() + 2 * F * p, bias.typed_data() + 2 * F * of(experts.typed_data(), p, E), int(F),
-                        alpha, limit, act->typed_data() + F * p);
+                        alpha, limit, to.row());
   });
   return ffi::Error::Success();
 }
@@ -93,31 +134,28 @@ ffi::Error rotate(ffi::ThreadPool pool, float sign, ffi::AnyBuffer x, Floats cos
   const auto kind = kind_of(x.element_type());
   if (!kind.has_value()) return kind.error();
   const int64_t rows = x.dimensions()[0], heads = x.dimensions()[1], half = cos.dimensions()[1];
-  const bool in_place = kind.value() == Kind::kFloat32;
   by_rows(pool, rows, heads * 2 * half, [&](int64_t r) {
-    float* room = static_cast<float*>(scratch<0>(4 * half * 4));
     for (int64_t i = r * heads; i < (r + 1) * heads; i++) {
-      const int64_t at = i * 2 * half * (in_place ? 4 : 2);
-      const char* from = static_cast<const char*>(x.untyped_data()) + at;
-      char* to = static_cast<char*>(out->untyped_data()) + at;
-      if (!in_place) copy_rows(kind.value(), from, 0, 1, 2 * half, room);
-      float* turned = in_place ? reinterpret_cast<float*>(to) : room + 2 * half;
-      arithmetic().rotate(in_place ? reinterpret_cast<const float*>(from) : room, cos.typed_data() + r * half,
-                          sin.typed_data() + r * half, int(half), sign, turned);
-      if (!in_place) write_row(kind.value(), turned, 2 * half, to);
+      const Read from(kind.value(), x.untyped_data(), i, 2 * half);
+      const Written to(kind.value(), out->untyped_data(), i, 2 * half);
+      arithmetic().rotate(from.row, cos.typed_data() + r * half, sin.typed_data() + r * half, int(half), sign, to.row());
     }
   });
   return ffi::Error::Success();
 }
 
-// x [rows, D], scale [D] -> x / root * scale, and 1 / root [rows], root of the mean of squares + eps.
-ffi::Error norm(ffi::ThreadPool pool, float eps, Floats x, Floats scale, Result y, Result inverse) {
+// x [rows, D] of float32 or bfloat16, scale [D] -> x / root * scale, and 1 / root [rows], root of the mean of squares + eps.
+ffi::Error norm(ffi::ThreadPool pool, float eps, ffi::AnyBuffer x, Floats scale, ffi::Result<ffi::AnyBuffer> y,
+                Result inverse) {
+  const auto kind = kind_of(x.element_type());
+  if (!kind.has_value()) return kind.error();
   const int64_t rows = x.dimensions()[0], D = x.dimensions()[1];
   by_rows(pool, rows, D, [&](int64_t r) {
-    const float* from = x.typed_data() + r * D;
-    const float found = 1.0f / std::sqrt(arithmetic().triple(from, from, nullptr, int(D)) / D + eps);
+    const Read from(kind.value(), x.untyped_data(), r, D);
+    const Written to(kind.value(), y->untyped_data(), r, D);
+    const float found = 1.0f / std::sqrt(arithmetic().triple(from.row, from.row, nullptr, int(D)) / D + eps);
     inverse->typed_data()[r] = found;
-    arithmetic().scaled(from, nullptr, scale.typed_data(), found, 0, int(D), y->typed_data() + r * D);
+    arithmetic().scaled(from.row, nullptr, scale.typed_data(), found, 0, int(D), to.row());
   });
   return ffi::Error::Success();
 }
@@ -191,7 +229,7 @@ ffi::Error dense(ffi::ThreadPool pool, bool transposed, Floats x, Floats w, Resu
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_swiglu, swiglu,
                               BINDING.Attr<float>("alpha").Attr<float>("limit").Arg<Floats>().Arg<Integers>().Arg<Floats>()
-                                  .Ret<Floats>());
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_swiglu_gradient, swiglu_gradient,
                               BINDING.Attr<float>("alpha").Attr<float>("limit").Arg<Floats>().Arg<Floats>().Arg<Integers>()
                                   .Arg<Floats>().Ret<Floats>());
@@ -204,7 +242,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_rotate, rotate,
                               BINDING.Attr<float>("sign").Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
                                   .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm, norm,
-                              BINDING.Attr<float>("eps").Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>());
+                              BINDING.Attr<float>("eps").Arg<ffi::AnyBuffer>().Arg<Floats>().Ret<ffi::AnyBuffer>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_norm_gradient, norm_gradient,
                               BINDING.Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_cross_entropy, cross_entropy,

@@ -1,6 +1,4 @@
-"""What lies between products (float32; of bfloat16 the rotation), and of a training step in float32
-dense products and gradients.
-"""
+"""What lies between products, and of a training step in float32 dense products and gradients."""
 
 from typing import Any
 
@@ -28,12 +26,14 @@ def swiglu(
     bias_EO: Float[Array, "E O"],
     alpha: float,
     limit: float,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "P F"]:
     """`ops.experts.swiglu` of h and its experts' biases; O = 2 F in pairs (gate, up), F a multiple
-    of 16.
+    of 16. `dtype` is that of the result, float32 or bfloat16.
     """
     P, O = h_PO.shape
-    call = _call("gptoss_swiglu", (P, O // 2))
+    result = jax.ShapeDtypeStruct((P, O // 2), dtype)
+    call: Any = jax.ffi.ffi_call("gptoss_swiglu", result, vmap_method="sequential")
     return call(h_PO, experts_P, bias_EO, alpha=np.float32(alpha), limit=np.float32(limit))
 
 
@@ -75,8 +75,15 @@ def rotate(
 def norm(
     x_RD: Float[Array, "R D"], scale_D: Float[Array, " D"], eps: float
 ) -> tuple[Float[Array, "R D"], Float[Array, " R"]]:
-    """`ops.rms_norm`, and what it multiplies each row with before the scale."""
-    return _call("gptoss_norm", x_RD.shape, x_RD.shape[:1])(x_RD, scale_D, eps=np.float32(eps))
+    """`ops.rms_norm` of float32 or bfloat16, and what it multiplies each row with before the
+    scale, float32.
+    """
+    results = (
+        jax.ShapeDtypeStruct(x_RD.shape, x_RD.dtype),
+        jax.ShapeDtypeStruct(x_RD.shape[:1], jnp.float32),
+    )
+    call: Any = jax.ffi.ffi_call("gptoss_norm", results, vmap_method="sequential")
+    return call(x_RD, scale_D, eps=np.float32(eps))
 
 
 def norm_gradient(d_RD, x_RD, scale_D, inverse_R):
