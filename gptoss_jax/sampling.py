@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gptoss_jax import hosts, sharding
 from gptoss_jax.errors import GptOssError
+from gptoss_jax.kernels import cpu
+from gptoss_jax.ops import trained
 
 BIAS_SLOTS = (
     0,
@@ -218,10 +220,20 @@ def _argmax(x_BV):
     as argmax there (1670 values, 32 rows).
     """
     V = x_BV.shape[1]
-    places = jnp.where(
-        x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32)[None], V - 1
-    )
-    return places.min(-1)
+
+    def reference(x):
+        places = jnp.where(
+            x == x.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32)[None], V - 1
+        )
+        return places.min(-1)
+
+    def forward(x):
+        return cpu.training.first_largest(x), None
+
+    def backward(kept, gradient):
+        raise NotImplementedError("a place has no gradient")
+
+    return trained.run("product", reference, forward, backward, x_BV, width=V)
 
 
 def _bits(words_BW, size):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import model
+from gptoss_jax import model, sampling
 from gptoss_jax.kernels.cpu import library
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import backends, expert_mlp, experts_kernels, rms_norm, rotate
@@ -205,3 +205,14 @@ def test_gradients_of_wide_rows(name):
     with backends.use("xla"):
         expected = np.asarray(jax.jit(gradient)(rows), np.float32)
     np.testing.assert_allclose(found, expected, atol=0.02 * abs(expected).max(), rtol=0)
+
+
+def test_first_place_of_the_largest(arithmetic):
+    (x,) = normal(10, (6, 2083))
+    x = x.at[1, [2082, 2081]].set(9).at[2, [5, 70]].set(9).at[3].set(-jnp.inf)
+    x = x.at[4, 40].set(jnp.nan).at[5, 1000:].set(-jnp.inf)
+    assert "gptoss_first_largest" in jax.jit(sampling._argmax).lower(x).as_text()
+    found = jax.jit(sampling._argmax)(x)
+    with backends.use("xla"):
+        np.testing.assert_array_equal(found, jax.jit(sampling._argmax)(x))
+    assert list(found[1:5]) == [2081, 5, 0, 2082]

@@ -63,6 +63,7 @@ TARGETS = (
     "gptoss_norm",
     "gptoss_norm_gradient",
     "gptoss_cross_entropy",
+    "gptoss_first_largest",
     "gptoss_store",
 )
 

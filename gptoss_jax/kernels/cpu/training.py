@@ -1,4 +1,6 @@
-"""What lies between products, and of a training step in float32 dense products and gradients."""
+"""What lies between products and after the last, and of a training step in float32 dense products
+and gradients.
+"""
 
 from typing import Any
 
@@ -101,6 +103,13 @@ def cross_entropy(
         "gptoss_cross_entropy", logits_RV.shape, targets_R.shape, input_output_aliases={0: 0}
     )
     return call(logits_RV, targets_R, weights_R)
+
+
+def first_largest(x_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """First place of each row's largest, int32; V - 1 of a row that holds what is no number."""
+    result = jax.ShapeDtypeStruct(x_RV.shape[:1], jnp.int32)
+    call: Any = jax.ffi.ffi_call("gptoss_first_largest", result, vmap_method="sequential")
+    return call(x_RV)
 
 
 def _call(name: str, *shapes: tuple[int, ...], **keywords) -> Any:
