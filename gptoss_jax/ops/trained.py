@@ -16,7 +16,7 @@ from gptoss_jax.kernels import cpu
 from gptoss_jax.ops import backends
 from gptoss_jax.ops.backends import Backend
 
-WIDE = 2048  # values of a row whose loop takes longer than a call
+WIDE = 512  # values of a row whose loop takes longer than a call
 
 
 def run(

@@ -188,18 +188,16 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, Floats logits, Integers targets, 
   return ffi::Error::Success();
 }
 
-// x [rows, V] -> the first place of each row's largest; V - 1 if it holds what is no number.
+// x [rows, V], all numbers -> the first place of each row's largest.
 ffi::Error first_largest(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::S32> places) {
   const int64_t rows = x.dimensions()[0], V = x.dimensions()[1], whole = V / 16 * 16;
   parallel(pool, rows, rows * V, [&](int64_t r) {
     const float* row = x.typed_data() + r * V;
     float most = whole ? arithmetic().largest(row, int(whole)) : row[0];
     for (int64_t v = whole; v < V; v++) most = std::max(most, row[v]);
-    int odd = 0;
-    for (int64_t v = 0; v < V; v++) odd |= row[v] != row[v];
     int64_t place = 0;
     while (place < V - 1 && row[place] != most) place++;
-    places->typed_data()[r] = int32_t(odd ? V - 1 : place);
+    places->typed_data()[r] = int32_t(place);
   });
   return ffi::Error::Success();
 }

@@ -106,7 +106,7 @@ def cross_entropy(
 
 
 def first_largest(x_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
-    """First place of each row's largest, int32; V - 1 of a row that holds what is no number."""
+    """First place of each row's largest, int32; all are numbers."""
     result = jax.ShapeDtypeStruct(x_RV.shape[:1], jnp.int32)
     call: Any = jax.ffi.ffi_call("gptoss_first_largest", result, vmap_method="sequential")
     return call(x_RV)
