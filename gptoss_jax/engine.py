@@ -41,7 +41,8 @@ class Model:
 
     Attributes:
       config: Architecture.
-      params: Nested dict of arrays and MxTensors (model.py shows the tree).
+      params: Nested dict of arrays and MxTensors (model.py shows the tree); some in the layout that
+        the device's kernels read (loading.py), `loading.released` gives them back.
       tokenizer: Of this checkpoint; its vocabulary may be pruned.
       max_context: Longest sequence, in tokens.
       name: Where it was loaded from.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptoss_jax as gj
-from gptoss_jax import adapters, loading, lora
+from gptoss_jax import adapters, checkpoint, loading, lora
 from gptoss_jax.bench import weights
 from gptoss_jax.kernels import cpu
 from gptoss_jax.kernels.cpu import compact, library
@@ -155,7 +155,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_a_loaded_model_computes_the_same():
+def test_a_loaded_model_computes_the_same(tmp_path):
     plain = gj.load(dtype="bfloat16", experts="released")
     held = gj.load(dtype="bfloat16")
     names = {
@@ -178,6 +178,10 @@ def test_a_loaded_model_computes_the_same():
     same = jax.tree.map(lambda a, b: bool((a == b).all()), back.params, plain.params)
     assert all(jax.tree.leaves(same))
     assert loading.released(plain) is plain
+    checkpoint.save_params(tmp_path / "saved", held.config, held.params)
+    _, saved = checkpoint.load_params(tmp_path / "saved")
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), saved, plain.params)
+    assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.usefixtures("small")

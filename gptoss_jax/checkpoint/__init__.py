@@ -21,6 +21,7 @@ from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import Leaf, leaves, nested
 from gptoss_jax.hf_names import Path as ParamPath
+from gptoss_jax.kernels.cpu import CompactMatrix
 from gptoss_jax.mxfp4 import MxTensor
 
 if TYPE_CHECKING:  # importing Orbax takes a second, which other layouts need not spend
@@ -160,6 +161,11 @@ def _check_complete(config: GptOssConfig, arrays: list[Stored]) -> None:
 def stored_tree(params: dict[str, Any]) -> list[Stored]:
     """The arrays of a parameter tree as what `store.write` and the exporters take."""
     found = []
+    params = jax.tree.map(
+        lambda x: x.released() if isinstance(x, CompactMatrix) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, CompactMatrix),
+    )
     for keys, array in jax.tree_util.tree_leaves_with_path(params):
         path: Any = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
         read = lambda rows, array=array: np.asarray(array[rows])  # noqa: E731
