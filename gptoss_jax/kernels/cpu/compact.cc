@@ -10,7 +10,6 @@
 namespace {
 
 constexpr int64_t kColumns = 2 * Compact::kGroup;  // outputs of one task
-constexpr int64_t kCache = 512 << 10;     // bytes of activations that stay in the second cache
 constexpr int64_t kPacked = 4;            // groups of one task that packs
 
 using Bytes = ffi::Buffer<ffi::U8>;
@@ -33,7 +32,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, Bytes rows, B
     from = made.data();
   }
   const bool direct = M <= use->compact_rows;
-  const int64_t block = std::max<int64_t>(6, kCache / (K * bytes) / 6 * 6);
+  const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (K * bytes) / 6 * 6);
   parallel(pool, (N + kColumns - 1) / kColumns, M * N * K, [&](int64_t i) {
     const int64_t n = kColumns * i, count = std::min(kColumns, N - n);
     float* out = y->typed_data() + n;
@@ -93,20 +92,6 @@ void pack(const uint16_t* values, int width, int exponent, uint8_t* to) {
   for (int b = 0; b < width / 2; b++) to[width + b] = codes[b] | codes[width / 2 + b] << 4;
 }
 
-void pack_group(const uint16_t* w, int64_t rows, int64_t wanted, int64_t K, int64_t part, const uint8_t* exponents,
-                uint8_t* to) {
-  for (int64_t begin = 0; begin < K; begin += part)
-    for (int64_t pair = 0; pair < rows; pair += 2)
-      for (int64_t k = begin; k < K && k < begin + part; k += Compact::kUnit) {
-        const int width = K - k < Compact::kUnit ? 64 : Compact::kUnit;
-        for (int64_t row = pair; row < pair + 2; row++, to += width / 2 * 3)
-          if (row < wanted)
-            pack(w + row * K + k, width, exponents[row], to);
-          else
-            std::memset(to, 0, width / 2 * 3);
-      }
-}
-
 // Calls one(n) for the first row of every group.
 template <typename F>
 void each_group(ffi::ThreadPool& pool, int64_t N, int64_t K, const F& one) {
@@ -125,15 +110,21 @@ ffi::Error pack_all(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::ResultB
   if (K % 64) return ffi::Error::InvalidArgument("rows must be a multiple of 64 values");
   const Compact as = {nullptr, nullptr, nullptr, nullptr, nullptr, even, K};
   each_group(pool, even, K, [&](int64_t n) {
-    const int64_t rows = as.rows_from(n), wanted = std::min(rows, N - n);
-    const uint16_t* from = bits(w) + n * K;
-    for (int64_t row = 0; row < rows; row++) {
-      const int exponent = row < wanted ? best_exponent(from + row * K, K) : 0;
+    for (int64_t row = n; row < n + rows_of(as, n); row++) {
+      const uint16_t* from = bits(w) + row * K;
+      const int exponent = row < N ? best_exponent(from, K) : 0;
       int32_t count = 0;
-      for (int64_t k = 0; row < wanted && k < K; k++) count += !fits(from[row * K + k], exponent);
-      exponents->typed_data()[n + row] = uint8_t(exponent), counts->typed_data()[n + row] = count;
+      for (int64_t k = 0; row < N && k < K; k++) count += !fits(from[k], exponent);
+      exponents->typed_data()[row] = uint8_t(exponent), counts->typed_data()[row] = count;
     }
-    pack_group(from, rows, wanted, K, as.part(), exponents->typed_data() + n, bytes->typed_data() + n * (K / 2 * 3));
+    uint8_t* group = bytes->typed_data() + offset_of(as, n);
+    each_unit(as, n, [&](int64_t pair, int64_t k, int width, int64_t at) {
+      for (int64_t row = n + 2 * pair; row < n + 2 * pair + 2; row++, at += width / 2 * 3)
+        if (row < N)
+          pack(bits(w) + row * K + k, width, exponents->typed_data()[row], group + at);
+        else
+          std::memset(group + at, 0, width / 2 * 3);
+    });
   });
   return ffi::Error::Success();
 }

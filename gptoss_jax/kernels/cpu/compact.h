@@ -26,13 +26,36 @@ struct Compact {
   const uint16_t* places;    // of exceptions: column, ascending
   const uint16_t* values;    // and bfloat16
   int64_t N, K;              // K a multiple of 64
-
-  // Columns of every part but the last.
-  int64_t part() const {
-    const int64_t parts = (K + kPart - 1) / kPart, mean = (K + parts - 1) / parts;
-    return (mean + kUnit - 1) / kUnit * kUnit;
-  }
-  int64_t rows_from(int64_t n) const { return N - n < kGroup ? N - n : kGroup; }
-  // Where the group begins whose first row is n.
-  const uint8_t* group(int64_t n) const { return bytes + n * (K / 2 * 3); }
 };
+
+// Not shared by units that are compiled for different machines, as what is merely inline would be.
+namespace {
+
+// Columns of every part but the last.
+inline int64_t part_of(const Compact& w) {
+  const int64_t parts = (w.K + Compact::kPart - 1) / Compact::kPart, mean = (w.K + parts - 1) / parts;
+  return (mean + Compact::kUnit - 1) / Compact::kUnit * Compact::kUnit;
+}
+
+// Rows of the group whose first is n.
+inline int64_t rows_of(const Compact& w, int64_t n) { return w.N - n < Compact::kGroup ? w.N - n : Compact::kGroup; }
+
+// Where that group begins, in bytes.
+inline int64_t offset_of(const Compact& w, int64_t n) { return n * (w.K / 2 * 3); }
+
+// Calls one(pair, k, width, at) for `width` values from column k on of rows n + 2 pair and n + 2 pair + 1, in the order in
+// which a group lies in memory: width / 2 * 3 bytes each, from byte `at` of the group on.
+template <typename F>
+inline void each_unit(const Compact& w, int64_t n, const F& one) {
+  const int64_t part = part_of(w), pairs = rows_of(w, n) / 2;
+  int64_t at = 0;
+  for (int64_t begin = 0; begin < w.K; begin += part)
+    for (int64_t pair = 0; pair < pairs; pair++)
+      for (int64_t k = begin; k < w.K && k < begin + part; k += Compact::kUnit) {
+        const int width = w.K - k < Compact::kUnit ? 64 : Compact::kUnit;
+        one(pair, k, width, at);
+        at += 3 * width;
+      }
+}
+
+}  // namespace

@@ -73,15 +73,16 @@ __attribute__((noinline)) int64_t read_pair(const uint8_t* at, __m512i first, __
   return exceptions.next();
 }
 
-// R rows of activations with the group of rows that begins at n, of which `count` are wanted.
+// R rows of activations, one part of them in the first cache, with the group of rows that begins at n, of which `count` are wanted.
 template <int R>
 void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n, int count, float* y, int64_t y_row) {
+  constexpr int kUnit = Compact::kUnit;
   alignas(64) __m512 kept[Compact::kGroup / 2][R][2];
-  alignas(64) uint16_t room[2 * Compact::kUnit];
+  alignas(64) uint16_t room[2 * kUnit];
   Exceptions exceptions[Compact::kGroup / 2];
-  const uint8_t* at = w.group(n);
-  const int64_t part = w.part(), x_3 = 3 * x_row, x_6 = 6 * x_row;
-  const int pairs = int(w.rows_from(n) / 2);
+  const uint8_t* at = w.bytes + offset_of(w, n);
+  const int64_t part = part_of(w), x_3 = 3 * x_row, x_6 = 6 * x_row;
+  const int pairs = int(rows_of(w, n) / 2);
   for (int p = 0; p < pairs; p++) exceptions[p].begin(w, n + 2 * p);
   for (int64_t begin = 0; begin < w.K; begin += part) {
     const int64_t end = begin + part < w.K ? begin + part : w.K;
@@ -106,16 +107,16 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
           }
       };
       const auto add_room = [&](int from) __attribute__((always_inline)) {
-        const uint16_t *one = room + from, *other = one + Compact::kUnit;
+        const uint16_t *one = room + from, *other = one + kUnit;
         const __m512bh b[2][2] = {{load(one), load(one + 32)}, {load(other), load(other + 32)}};
         add(from, b);
       };
       int64_t k = begin;
-      for (; k + Compact::kUnit <= end; k += Compact::kUnit, low += Compact::kUnit, middle += Compact::kUnit, high += Compact::kUnit, at += 384) {
+      for (; k + kUnit <= end; k += kUnit, low += kUnit, middle += kUnit, high += kUnit, at += 384) {
 #pragma GCC unroll 6
         for (int line = 0; line < 384; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
-        if (__builtin_expect(next < k + Compact::kUnit, 0)) {
-          next = read_pair(at, first, second, k, Compact::kUnit, exceptions[p], room, Compact::kUnit);
+        if (__builtin_expect(next < k + kUnit, 0)) {
+          next = read_pair(at, first, second, k, kUnit, exceptions[p], room, kUnit);
           add_room(0);
           add_room(64);
           continue;
@@ -131,7 +132,7 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
       if (k < end) {
 #pragma GCC unroll 3
         for (int line = 0; line < 192; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
-        read_pair(at, first, second, k, 64, exceptions[p], room, Compact::kUnit);
+        read_pair(at, first, second, k, 64, exceptions[p], room, kUnit);
         add_room(0);
         at += 192;
       }
@@ -167,20 +168,12 @@ void compact(const void* x, int64_t x_row, int rows, const Compact& w, int64_t n
 void unpack_compact(const Compact& w, int64_t n, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
   Exceptions exceptions[Compact::kGroup / 2];
-  const uint8_t* at = w.group(n);
-  const int64_t part = w.part();
-  const int pairs = int(w.rows_from(n) / 2);
-  for (int p = 0; p < pairs; p++) exceptions[p].begin(w, n + 2 * p);
-  for (int64_t begin = 0; begin < w.K; begin += part) {
-    const int64_t end = begin + part < w.K ? begin + part : w.K;
-    for (int p = 0; p < pairs; p++) {
-      const __m512i first = high_bytes(w.exponents[n + 2 * p]), second = high_bytes(w.exponents[n + 2 * p + 1]);
-      for (int64_t k = begin; k < end; k += Compact::kUnit) {
-        const int width = end - k < Compact::kUnit ? 64 : Compact::kUnit;
-        for (int line = 0; line < 3 * width; line += 64) _mm_prefetch((const char*)at + kCompactAhead + line, _MM_HINT_T0);
-        read_pair(at, first, second, k, width, exceptions[p], to + 2 * p * w.K + k, w.K);
-        at += 3 * width;
-      }
-    }
-  }
+  const uint8_t* group = w.bytes + offset_of(w, n);
+  for (int p = 0; p < rows_of(w, n) / 2; p++) exceptions[p].begin(w, n + 2 * p);
+  each_unit(w, n, [&](int64_t pair, int64_t k, int width, int64_t at) {
+    const uint8_t *from = group + at, *exponents = w.exponents + n + 2 * pair;
+    for (int line = 0; line < 3 * width; line += 64) _mm_prefetch((const char*)from + kCompactAhead + line, _MM_HINT_T0);
+    read_pair(from, high_bytes(exponents[0]), high_bytes(exponents[1]), k, width, exceptions[pair],
+              to + 2 * pair * w.K + k, w.K);
+  });
 }

@@ -141,26 +141,24 @@ void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
 
 void unpack_compact(const Compact& w, int64_t n, void* out) {
   float* to = static_cast<float*>(out);
-  const uint8_t* from = w.group(n);
-  const int64_t rows = w.rows_from(n), part = w.part();
+  const uint8_t* group = w.bytes + offset_of(w, n);
   const auto widened = [](uint32_t bits) {
     float value;
     bits <<= 16;
     __builtin_memcpy(&value, &bits, 4);
     return value;
   };
-  for (int64_t begin = 0; begin < w.K; begin += part)
-    for (int64_t pair = 0; pair < rows; pair += 2)
-      for (int64_t k = begin; k < w.K && k < begin + part; k += Compact::kUnit) {
-        const int width = w.K - k < Compact::kUnit ? 64 : Compact::kUnit;
-        for (int64_t row = pair; row < pair + 2; row++, from += width / 2 * 3)
-          for (int b = 0; b < width; b++) {
-            const int code = b < width / 2 ? from[width + b] & 15 : from[width / 2 + b] >> 4, run = b % 64 / 8;
-            const uint32_t high = (code >> 3 << 7) | (w.exponents[n + row] + (code & 7));
-            to[row * w.K + k + b / 64 * 64 + 32 * (run % 2) + 8 * (run / 2) + b % 8] = widened(high << 8 | from[b]);
-          }
+  each_unit(w, n, [&](int64_t pair, int64_t k, int width, int64_t at) {
+    for (int64_t row = 2 * pair; row < 2 * pair + 2; row++, at += width / 2 * 3) {
+      const uint8_t *low = group + at, *codes = low + width;
+      for (int b = 0; b < width; b++) {
+        const int code = b < width / 2 ? codes[b] & 15 : codes[b - width / 2] >> 4, run = b % 64 / 8;
+        const uint32_t high = (code >> 3 << 7) | (w.exponents[n + row] + (code & 7));
+        to[row * w.K + k + b / 64 * 64 + 32 * (run % 2) + 8 * (run / 2) + b % 8] = widened(high << 8 | low[b]);
       }
-  for (int64_t row = 0; row < rows; row++)
+    }
+  });
+  for (int64_t row = 0; row < rows_of(w, n); row++)
     for (int32_t i = w.starts[n + row]; i < w.starts[n + row + 1]; i++) to[row * w.K + w.places[i]] = widened(w.values[i]);
 }
 

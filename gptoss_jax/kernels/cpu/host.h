@@ -15,6 +15,15 @@ namespace ffi = xla::ffi;
 
 enum class Kind { kBfloat16, kFloat32, kPacked };
 
+// What `gptoss bench --tune` chooses; no result depends on it.
+struct Tuning {
+  int64_t columns = 32;         // outputs of one task
+  int64_t direct_columns = 64;  // of one that unpacks in registers
+  int64_t direct_rows = 4;      // of one expert, up to which it does; more unpack into the cache first
+  int64_t cache = 512 << 10;    // bytes of activations that stay in the second cache
+};
+extern Tuning gptoss_tuning;
+
 // What activations of this type are computed with: for bfloat16 the machine's own products of bfloat16, or float32 ones,
 // which are as exact.
 const Arithmetic* arithmetic_for(Kind kind);

@@ -10,15 +10,9 @@
 
 #include "host.h"
 
-namespace {
+Tuning gptoss_tuning;
 
-// What `gptoss bench --tune` chooses; no result depends on it.
-struct Tuning {
-  int64_t columns = 32;         // outputs of one task
-  int64_t direct_columns = 64;  // of one that unpacks in registers
-  int64_t direct_rows = 4;      // of one expert, up to which it does; more unpack into the cache first
-  int64_t cache = 512 << 10;    // bytes of activations that stay in the second cache
-} tuning;
+namespace {
 
 constexpr int kSpreadColumns = 256;  // inputs of one task of the transposed product
 constexpr int kSpreadRows = 256;     // rows of weights that it unpacks at once
@@ -87,17 +81,17 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
     made = operands(pool, p.use, p.x, p.x_kind, p.rows, p.K, padded, p.kind == Kind::kPacked ? p.use->group : 0);
     x = made.data();
   }
-  const int64_t direct_rows = std::min<int64_t>(p.use->direct, tuning.direct_rows);
+  const int64_t direct_rows = std::min<int64_t>(p.use->direct, gptoss_tuning.direct_rows);
   struct Task {
     int64_t expert, n, count;
   };
   std::vector<Task> tasks;
   for (int64_t e = 0; e < p.E; e++) {
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
-    const int64_t step = p.kind == Kind::kPacked && rows <= direct_rows ? tuning.direct_columns : tuning.columns;
+    const int64_t step = p.kind == Kind::kPacked && rows <= direct_rows ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
     for (int64_t n = 0; rows && n < p.N; n += step) tasks.push_back({e, n, std::min(step, p.N - n)});
   }
-  const int64_t block = std::max<int64_t>(6, tuning.cache / (padded * bytes) / 6 * 6);
+  const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (padded * bytes) / 6 * 6);
   parallel(pool, int64_t(tasks.size()), p.rows * p.choices * p.N * p.K, [&](int64_t i) {
     const auto [e, n, count] = tasks[i];
     const int64_t* pairs = groups.pairs.data() + groups.starts[e];
@@ -238,7 +232,7 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
 
 // Names of what this machine can compute with, the best first, by spaces.
 extern "C" void gptoss_tune(int64_t columns, int64_t direct_columns, int64_t direct_rows, int64_t cache) {
-  tuning = {columns, direct_columns, direct_rows, cache};
+  gptoss_tuning = {columns, direct_columns, direct_rows, cache};
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_product, product,
