@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import cpu
 from gptoss_jax.mxfp4 import as_rows
-from gptoss_jax.ops import backends, trained
+from gptoss_jax.ops import backends, between
 from gptoss_jax.ops.experts import additions_of, group, in_blocks, swiglu
 from gptoss_jax.ops.linear import PACKED, LowRank, adapted_product, low_rank_product
 from gptoss_jax.ops.product import packed_product
@@ -83,7 +83,7 @@ def _biased_swiglu(h_PO, bias_EO, experts_P, alpha, limit, dtype):
         return to_h, to_bias.astype(bias.dtype), None
 
     parts, width = (h_PO, bias_EO, experts_P), h_PO.shape[1]
-    return trained.run("experts", reference, forward, backward, *parts, width=width)
+    return between.run("experts", reference, forward, backward, *parts, width=width)
 
 
 def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
@@ -107,7 +107,7 @@ def _weighted_sum(y_MXD, weights_MX, bias_ED, experts_MX):
         return to_y, to_weights, to_bias.astype(bias.dtype), None
 
     parts = y_MXD, weights_MX, bias_ED, experts_MX
-    return trained.run("experts", reference, forward, backward, *parts, width=y_MXD.shape[2])
+    return between.run("experts", reference, forward, backward, *parts, width=y_MXD.shape[2])
 
 
 def mlp_on_gpu(*parts, alpha, limit):

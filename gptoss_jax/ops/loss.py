@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels import cpu
-from gptoss_jax.ops import trained
+from gptoss_jax.ops import between
 
 
 def cross_entropy(
@@ -35,4 +35,4 @@ def cross_entropy(
         return found * gradient, None, None
 
     with jax.named_scope("cross_entropy"):
-        return trained.run("product", reference, forward, backward, logits, targets, weights)
+        return between.run("product", reference, forward, backward, logits, targets, weights)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptoss_jax.kernels import cpu
-from gptoss_jax.ops import trained
+from gptoss_jax.ops import between
 
 
 def rms_norm(
@@ -44,4 +44,4 @@ def rms_norm(
 
     with jax.named_scope("rms_norm"):
         width = x.shape[-1]
-        return trained.run("product", reference, forward, backward, x, scale, width=width)
+        return between.run("product", reference, forward, backward, x, scale, width=width)

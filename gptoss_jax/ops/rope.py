@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels import cpu
-from gptoss_jax.ops import trained
+from gptoss_jax.ops import between
 
 
 @functools.lru_cache
@@ -107,4 +107,4 @@ def rotate(
 
     with jax.named_scope("rotate"):
         width = x.shape[2] * x.shape[3]
-        return trained.run("attention", reference, forward, backward, x, cos, sin, width=width)
+        return between.run("attention", reference, forward, backward, x, cos, sin, width=width)
