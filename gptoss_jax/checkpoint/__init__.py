@@ -161,12 +161,11 @@ def _check_complete(config: GptOssConfig, arrays: list[Stored]) -> None:
 def stored_tree(params: dict[str, Any]) -> list[Stored]:
     """The arrays of a parameter tree as what `store.write` and the exporters take."""
     found = []
-    params = jax.tree.map(
-        lambda x: x.released() if isinstance(x, CompactMatrix) else x,
-        params,
-        is_leaf=lambda x: isinstance(x, CompactMatrix),
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, CompactMatrix)
     )
-    for keys, array in jax.tree_util.tree_leaves_with_path(params):
+    for keys, array in leaves:
+        array = array.released() if isinstance(array, CompactMatrix) else array
         path: Any = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
         read = lambda rows, array=array: np.asarray(array[rows])  # noqa: E731
         found.append(Stored(path, array.shape, np.dtype(array.dtype), read))
