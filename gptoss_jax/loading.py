@@ -97,11 +97,10 @@ def load(
         raise GptOssError(
             f"max_context is {max_context}: this model's context is 1 to {config.max_context}"
         )
-    form = experts or ("released" if adapters else storage_for(params, spread))
-    if form != "released":
-        params = laid_out(params, form, spread)
-    if experts is None and spread is None:
-        params = compacted(params)
+    if experts is None:
+        params = for_kernels(params, spread, "released" if adapters else None)
+    elif experts != "released":
+        params = laid_out(params, experts, spread)
     tokenizer = load_tokenizer(folder)
     context = max_context or config.max_context
     model = Model(config, params, tokenizer, context, str(source), spread)
@@ -135,6 +134,21 @@ def storage_for(
     folded = sum(_nbytes(tpu.shapes(x, "folded")) for x in packed) // parts
     others = sum(map(_nbytes, jax.tree.leaves(params))) - sum(map(_nbytes, packed))
     return tpu.storage(device.device_kind, folded + others // sizes.get("tensor", 1), int(room))
+
+
+def for_kernels(params: Params, mesh: Mesh | None, experts: Layout | None = None) -> Params:
+    """The same parameters as the kernels of their devices read them fastest; the tree given is
+    changed.
+
+    Args:
+      params: The tree, as released.
+      mesh: Over which it is spread.
+      experts: How they lie; by default as `storage_for` says.
+    """
+    form = experts or storage_for(params, mesh)
+    if form != "released":
+        params = laid_out(params, form, mesh)
+    return params if mesh is not None else compacted(params)
 
 
 def laid_out(params: Params, form: tpu.Storage, mesh: Mesh | None = None) -> Params:

@@ -31,7 +31,7 @@ def least(model: Model, prompt: int, new: int, batch: int) -> dict[str, Work]:
       batch: Rows.
     """
     sizes = {} if model.mesh is None else dict(model.mesh.shape)
-    # in whatever layout kernels read them, the fewest bytes are the released ones; but of matrices
+    # the fewest bytes are the released ones in whatever layout kernels read them, but for matrices
     # that are held in less
     spared = sum(x.size * x.dtype.itemsize - x.nbytes for x in cpu.compact_matrices(model.params))
     packed = not isinstance(model.params["layers"][0]["mlp"]["gate_up"], jax.Array)

@@ -19,7 +19,7 @@ from gptoss_jax.checkpoint.stored import aligned
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.engine import Model
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.loading import compacted, laid_out, storage_for, use_compilation_cache
+from gptoss_jax.loading import for_kernels, use_compilation_cache
 from gptoss_jax.tokenizer import load_tokenizer
 
 PIECE = 1 << 20  # bytes drawn at once: they are shaped while a cache has them
@@ -65,10 +65,7 @@ def random_model(
     params = random_params(
         config, dtype=dtype or "bfloat16", shardings=sharding.for_loading(spread)
     )
-    if (form := storage_for(params, spread)) != "released":
-        params = laid_out(params, form, spread)
-    if spread is None:
-        params = compacted(params)
+    params = for_kernels(params, spread)
     return Model(config, params, load_tokenizer(folder), context, source, spread)
 
 
