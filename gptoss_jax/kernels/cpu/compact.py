@@ -55,11 +55,6 @@ class CompactMatrix:
         return np.dtype(jnp.bfloat16)
 
     @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.shape)
-
-    @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
