@@ -128,9 +128,13 @@ def test_low_rank_additions():
     addition = LowRank(
         draw(2, 4, 48), draw(9, 2), jnp.asarray(rng.normal(size=(2, 2)), jnp.float32)
     )
-    expected = linear("BTNH,DNH->BTD", x, weight, bias, addition)
-    found = linear("BTNH,DNH->BTD", x, packed(weight, 2), bias, addition)
+
+    def value_and_gradient(weight):
+        return jax.vjp(lambda x: linear("BTNH,DNH->BTD", x, weight, bias, addition), x)
+
+    (expected, pull), (found, pull_found) = map(value_and_gradient, (weight, packed(weight, 2)))
     np.testing.assert_array_equal(bits(found), bits(expected))
+    np.testing.assert_array_equal(bits(pull_found(found)[0]), bits(pull(found)[0]))
 
 
 def test_what_does_not_pay_stays(monkeypatch):

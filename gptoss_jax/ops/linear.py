@@ -128,7 +128,9 @@ DENSE = Base(
     lambda g, x, weight: (
         None
         if isinstance(weight, cpu.CompactMatrix)
-        else jnp.einsum("MXO,MI->OI", g, x, preferred_element_type=jnp.float32).astype(weight.dtype)
+        else jnp.einsum("MO,MI->OI", g[:, 0], x, preferred_element_type=jnp.float32).astype(
+            weight.dtype
+        )
     ),
 )
 PACKED = Base(
