@@ -56,6 +56,25 @@ def client():
         yield make
 
 
+@pytest.fixture
+def arithmetic(request):
+    """Computes with one instruction set after the other; asked for by a test, not at its import,
+    which would compile the kernels for tests that need none.
+    """
+    from gptoss_jax.kernels.cpu import library
+
+    library.choose(request.param)
+    yield request.param
+    library.choose(library.arithmetics()[0])
+
+
+def pytest_generate_tests(metafunc):
+    if "arithmetic" in metafunc.fixturenames:
+        from gptoss_jax.kernels.cpu import library
+
+        metafunc.parametrize("arithmetic", library.arithmetics(), indirect=True)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow proofs")
 

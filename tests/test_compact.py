@@ -20,20 +20,13 @@ from gptoss_jax.ops import LowRank, backends, linear, product
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
 product_of = jax.jit(cpu.compact_product)
 grouped = jax.jit(cpu.grouped_product)
-# rows, columns: less than a group, an odd number, several groups and a rest; less than a unit, a
-# unit and a half, two and three parts
-SHAPES = [(2, 64), (5, 192), (16, 128), (35, 2880), (70, 320), (33, 4096)]
-
-
-@pytest.fixture(params=library.arithmetics())
-def arithmetic(request):
-    library.choose(request.param)
-    yield request.param
-    library.choose(library.arithmetics()[0])
+# rows, columns: less than a group, an odd number, several groups and a rest; less than a unit (and
+# attention's rows, whose sums are made otherwise), a unit and a half, two and three parts
+SHAPES = [(35, 64), (5, 192), (16, 128), (35, 2880), (70, 320), (33, 4096)]
 
 
 def matrix(rng, *shape):
-    """With zeros, what is no number, and values far from all others."""
+    """With zeros, and values far from all others."""
     values = np.array(rng.normal(size=shape) * 0.02, jnp.bfloat16)
     flat = values.reshape(-1)
     odd = [0.0, -0.0, 1e30, -1e30, 1e-30, 2**-133, 3.0, 1e-9]

@@ -26,13 +26,6 @@ product_of = jax.jit(cpu.grouped_product)
 transposed_of = jax.jit(cpu.grouped_product_transposed)
 
 
-@pytest.fixture(params=library.arithmetics())
-def arithmetic(request):
-    library.choose(request.param)
-    yield request.param
-    library.choose(library.arithmetics()[0])
-
-
 def packed(rng, experts, outputs, inputs, scales=(118, 123)):
     blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16)).astype(np.uint8)
     scale = rng.integers(*scales, (experts, outputs, inputs // 32)).astype(np.uint8)

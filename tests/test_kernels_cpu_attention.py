@@ -17,13 +17,6 @@ pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler
 B, T, S, N, K = 2, 75, 610, 6, 2
 
 
-@pytest.fixture(params=library.arithmetics())
-def arithmetic(request):
-    library.choose(request.param)
-    yield request.param
-    library.choose(library.arithmetics()[0])
-
-
 def exact(q, k, v, sinks, q_positions, k_positions, window, segments):
     """Attention with sinks, all scores at once."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))

@@ -15,13 +15,6 @@ from gptoss_jax.ops.linear import PACKED, Base, adapted_product
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
 
 
-@pytest.fixture(params=library.arithmetics())
-def arithmetic(request):
-    library.choose(request.param)
-    yield request.param
-    library.choose(library.arithmetics()[0])
-
-
 def chosen(z, experts):
     """Of each row's experts; zeros of nobody."""
     return jnp.concatenate([z, jnp.zeros_like(z[:1])])[experts]

@@ -18,13 +18,6 @@ from gptoss_jax.train import objective
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler")
 
 
-@pytest.fixture(params=library.arithmetics())
-def arithmetic(request):
-    library.choose(request.param)
-    yield request.param
-    library.choose(library.arithmetics()[0])
-
-
 def normal(seed, *shapes):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
@@ -160,7 +153,7 @@ def test_dense_products(arithmetic, rows, outputs, inputs):
 
 
 def wide_parts():
-    """Each part of rows of 2,048 values or more: a function of the rows alone, and rows."""
+    """Each part of wide rows: a function of the rows alone, and rows."""
     D, H, F, E = 2080, 64, 1040, 3
     scale, angles, x, q, h, bias = normal(9, (D,), (7, 1, H // 2), (7, D), (7, 1, 33, H), (7, 2 * F), (E, 2 * F))  # fmt: skip
     experts = jnp.arange(7, dtype=jnp.int32) % E
@@ -205,6 +198,19 @@ def test_gradients_of_wide_rows(name):
     with backends.use("xla"):
         expected = np.asarray(jax.jit(gradient)(rows), np.float32)
     np.testing.assert_allclose(found, expected, atol=0.02 * abs(expected).max(), rtol=0)
+
+
+def test_weighted_sum_of_wide_rows(arithmetic):
+    y, weights, bias = normal(11, (7, 3, 2080), (7, 3), (4, 2080))
+    experts = jnp.arange(21, dtype=jnp.int32).reshape(7, 3) % 4
+
+    def call(y):
+        return experts_kernels._weighted_sum(y, weights, bias, experts)
+
+    assert "gptoss_weighted" in jax.jit(call).lower(y).as_text()
+    with backends.use("xla"):
+        expected = jax.jit(call)(y)
+    np.testing.assert_allclose(jax.jit(call)(y), expected, atol=3e-6 * abs(expected).max())
 
 
 def test_first_place_of_the_largest(arithmetic):
