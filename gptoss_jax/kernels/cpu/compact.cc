@@ -1,4 +1,7 @@
 // Products with matrices of bfloat16 that are held in 12 bits a value (compact.h), and how they come to be so.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -101,6 +104,16 @@ void each_group(ffi::ThreadPool& pool, int64_t N, int64_t K, const F& one) {
   });
 }
 
+// Asks the system for pages of 2 MiB before the first byte is written: memory is read a tenth faster through them, and
+// unlike NumPy nobody has asked for what XLA allocates.
+void ask_for_huge_pages(void* begin, int64_t size) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), from = (uintptr_t(begin) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(begin) + size) / page * page;
+  if (from < end) madvise((void*)from, end - from, MADV_HUGEPAGE);  // it may refuse: nothing depends on it but time
+#endif
+}
+
 const uint16_t* bits(const ffi::Buffer<ffi::BF16>& w) { return static_cast<const uint16_t*>(w.untyped_data()); }
 
 // w [N, K] -> bytes [N, K / 2 * 3], exponents and how many exceptions every row has [N]; N even: one more if need be.
@@ -109,6 +122,7 @@ ffi::Error pack_all(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::ResultB
   const int64_t N = w.dimensions()[0], K = w.dimensions()[1], even = N + N % 2;
   if (K % 64) return ffi::Error::InvalidArgument("rows must be a multiple of 64 values");
   const Compact as = {nullptr, nullptr, nullptr, nullptr, nullptr, even, K};
+  ask_for_huge_pages(bytes->untyped_data(), bytes->size_bytes());
   each_group(pool, even, K, [&](int64_t n) {
     for (int64_t row = n; row < n + rows_of(as, n); row++) {
       const uint16_t* from = bits(w) + row * K;

@@ -18,7 +18,7 @@
 struct Compact {
   static constexpr int kGroup = 16;   // rows of a group; the last may have less, an even number
   static constexpr int kUnit = 128;   // values of a row beside each other
-  static constexpr int kPart = 1536;  // most columns of a part
+  static constexpr int kPart = 1024;  // most columns of a part: eight rows of it leave half of a first cache of 32 KB
 
   const uint8_t* bytes;      // [N, K / 2 * 3], N even
   const uint8_t* exponents;  // [N]: the first one without its last bit

@@ -20,7 +20,7 @@ from gptoss_jax.kernels.cpu import library
 
 COLUMNS = 64  # values of a row come in such blocks
 LEAST = 1 << 20  # bytes of a matrix; smaller ones stay in a cache
-GROUP, UNIT, PART = 16, 128, 1536  # of compact.h
+GROUP, UNIT, PART = 16, 128, 1024  # of compact.h
 MOST_EXCEPTIONS = 1 / 256  # of the values: they cost 4 bytes each, and time
 
 
