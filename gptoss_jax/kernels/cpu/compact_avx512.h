@@ -2,8 +2,9 @@
 #pragma once
 
 constexpr int kCompactRows = 8;        // of activations that are multiplied as weights come from memory
-constexpr int kCompactAhead = 8192;    // bytes of weights that are asked for so far ahead, into the second cache: the first
-                                       // has too few places for lines that are on their way
+// Bytes of weights that are asked for so far ahead: into the second cache, for the first has too few places for lines that
+// are on their way; and from there into the first, where many products keep the machine from looking ahead itself.
+constexpr int kCompactAhead = 8192, kCompactSoon = 768;
 
 // High bytes of a row's 16 codes, in every 128 bits.
 inline __m512i high_bytes(uint8_t exponent) {
@@ -96,8 +97,8 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
         for (int c = 0; c < 2; c++) sums[r][c] = begin ? kept[p][r][c] : _mm512_setzero_ps();
       // Three pointers: eight would not fit into registers.
       const uint16_t *low = x + begin, *middle = low + x_3, *high = low + x_6;
-      // 64 columns; on the way, evenly, 192 bytes from `soon` on are asked for.
-      const auto add = [&](int from, const __m512bh (&b)[2][2], const uint8_t* soon) __attribute__((always_inline)) {
+      // 64 columns; on the way, evenly, 192 bytes of what follows `here` are asked for.
+      const auto add = [&](int from, const __m512bh (&b)[2][2], const uint8_t* here) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++)
 #pragma GCC unroll 8
@@ -108,34 +109,36 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
             sums[r][1] = _mm512_dpbf16_ps(sums[r][1], a, b[1][v]);
 #pragma GCC unroll 3
             for (int line = 0; line < 3; line++)
-              if (2 * R * line / 3 == R * v + r) _mm_prefetch((const char*)soon + 64 * line, _MM_HINT_T1);
+              if (2 * R * line / 3 == R * v + r) {
+                _mm_prefetch((const char*)here + kCompactAhead + 64 * line, _MM_HINT_T1);
+                if (R >= 4) _mm_prefetch((const char*)here + kCompactSoon + 64 * line, _MM_HINT_T0);
+              }
           }
       };
-      const auto add_room = [&](int from, const uint8_t* soon) __attribute__((always_inline)) {
+      const auto add_room = [&](int from, const uint8_t* here) __attribute__((always_inline)) {
         const uint16_t *one = room + from, *other = one + kUnit;
         const __m512bh b[2][2] = {{load(one), load(one + 32)}, {load(other), load(other + 32)}};
-        add(from, b, soon);
+        add(from, b, here);
       };
       int64_t k = begin;
       for (; k + kUnit <= end; k += kUnit, low += kUnit, middle += kUnit, high += kUnit, at += 384) {
-        const uint8_t* soon = at + kCompactAhead;
         if (__builtin_expect(next < k + kUnit, 0)) {
           next = read_pair(at, first, second, k, kUnit, exceptions[p], room, kUnit);
-          add_room(0, soon);
-          add_room(64, soon + 192);
+          add_room(0, at);
+          add_room(64, at + 192);
           continue;
         }
         __m512bh b[2][2];
         read<0>(at, first, b[0]);
         read<0>(at + 192, second, b[1]);
-        add(0, b, soon);
+        add(0, b, at);
         read<1>(at, first, b[0]);
         read<1>(at + 192, second, b[1]);
-        add(64, b, soon + 192);
+        add(64, b, at + 192);
       }
       if (k < end) {
         read_pair(at, first, second, k, 64, exceptions[p], room, kUnit);
-        add_room(0, at + kCompactAhead);
+        add_room(0, at);
         at += 192;
       }
       if (end < w.K) {
