@@ -73,7 +73,7 @@ inline void tile(const uint16_t* const* x, const uint16_t* w, int64_t stride, in
       const uint16_t* at = (c < 4 ? low : high) + (c % 4) * stride;
       const __m512bh b = load(at);
       const char* next = C == 1 ? (const char*)at + kAhead : (const char*)(at + C * stride);
-      if (Turns && c % Turns == Turn) _mm_prefetch(next, _MM_HINT_T0);
+      if (Turns && c % Turns == Turn) _mm_prefetch(next, _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a[r], b);
     }
