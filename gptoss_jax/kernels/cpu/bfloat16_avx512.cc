@@ -8,7 +8,9 @@ namespace {
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
 constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weights, that are read by two rows first
-constexpr int kAhead = 8192, kPackedAhead = 11520;  // bytes of weights that are asked for so far ahead
+// Bytes of weights that are asked for so far ahead, into the second cache: the first has too few places for lines that are
+// on their way, and products would wait.
+constexpr int kAhead = 8192, kPackedAhead = 11520;
 constexpr int kHead = 64;  // values of the shortest rows, which are attention's
 constexpr int kSoon = 48;  // rows after which such a row is asked for: they lie too far apart to be read ahead by the machine
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
@@ -131,8 +133,7 @@ void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* sca
   };
   int64_t u = 0;
   for (; u + 2 <= units; u += 2) {
-    // 128 bytes a step, of these rows from one end to the other; into the second cache: the first has too few places for
-    // lines that are on their way, and products would wait
+    // the 128 bytes a step that these rows have, from one end to the other: every line once
     for (int line = 0; line < 2; line++)
       _mm_prefetch((const char*)(blocks + 16 * kColumns * u + 64 * line + kPackedAhead), _MM_HINT_T1);
     add(u, true);

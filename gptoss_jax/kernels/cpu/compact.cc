@@ -104,8 +104,8 @@ void each_group(ffi::ThreadPool& pool, int64_t N, int64_t K, const F& one) {
   });
 }
 
-// Asks the system for pages of 2 MiB before the first byte is written: memory is read a tenth faster through them, and
-// unlike NumPy nobody has asked for what XLA allocates.
+// Asks the system for pages of 2 MiB before the first byte is written: memory is read a tenth faster through them. NumPy
+// asks for them by itself, XLA's allocator does not.
 void ask_for_huge_pages(void* begin, int64_t size) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), from = (uintptr_t(begin) + page - 1) / page * page;

@@ -2,8 +2,7 @@
 #pragma once
 
 constexpr int kCompactRows = 8;        // of activations that are multiplied as weights come from memory
-// Bytes of weights that are asked for so far ahead: into the second cache, for the first has too few places for lines that
-// are on their way; and from there into the first, where many products keep the machine from looking ahead itself.
+// As kAhead; and from the second cache into the first, where many products keep the machine from looking ahead itself.
 constexpr int kCompactAhead = 8192, kCompactSoon = 768;
 
 // High bytes of a row's 16 codes, in every 128 bits.
