@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="no C++ compiler
 product_of = jax.jit(cpu.compact_product)
 grouped = jax.jit(cpu.grouped_product)
 # rows, columns: less than a group, an odd number, several groups and a rest; less than a unit (and
-# attention's rows, whose sums are made otherwise), a unit and a half, two and three parts
+# attention's rows, whose sums are made otherwise), a unit and a half, three and four parts
 SHAPES = [(35, 64), (5, 192), (16, 128), (35, 2880), (70, 320), (33, 4096)]
 
 
