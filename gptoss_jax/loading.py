@@ -30,6 +30,7 @@ from gptoss_jax.places import cache_home
 from gptoss_jax.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
+KERNELS_OWN = (tpu.TpuExperts, cpu.CpuExperts, cpu.CompactMatrix)  # layouts that are made at load
 Layout = Literal["released", "packed", "folded"]
 SMALL_BYTES = 1 << 30  # below it a CPU computes in float32: faster there, and exact to the tests
 
@@ -148,7 +149,7 @@ def for_kernels(params: Params, mesh: Mesh | None, experts: Layout | None = None
     form = experts or storage_for(params, mesh)
     if form != "released":
         params = laid_out(params, form, mesh)
-    return params if mesh is not None else compacted(params)
+    return params if mesh is not None else for_cpu(params)
 
 
 def laid_out(params: Params, form: tpu.Storage, mesh: Mesh | None = None) -> Params:
@@ -178,15 +179,20 @@ def laid_out(params: Params, form: tpu.Storage, mesh: Mesh | None = None) -> Par
     return params
 
 
-def compacted(params: Params) -> Params:
-    """The same parameters with the large bfloat16 matrices in 12 bits a value, where the default
-    device is a CPU that reads them faster so.
+def for_cpu(params: Params) -> Params:
+    """The same parameters with the large bfloat16 matrices in 12 bits a value and the packed
+    experts' rows four in turn, where the default device is a CPU that reads them faster so.
 
     One after another, and the tree given is changed: at no time two copies of all are held. The
     embedding stays, of which a step reads a few rows.
     """
-    if jax.default_backend() != "cpu" or cpu.why_not():
+    if jax.default_backend() != "cpu" or cpu.why_not() or params["embedding"].dtype != jnp.bfloat16:
         return params
+    for layer in params["layers"].values():
+        for name in ("gate_up", "down"):
+            weight = layer["mlp"][name]
+            if isinstance(weight, MxTensor):
+                layer["mlp"][name] = cpu.as_cpu_experts(weight) or weight
     rooms = [(layer["attention"], name) for layer in params["layers"].values() for name in "qkvo"]
     for room, name in [*rooms, (params, "unembedding")]:
         found = cpu.as_compact(room[name], inputs=2 if name == "o" else 1)
@@ -194,13 +200,13 @@ def compacted(params: Params) -> Params:
     return params
 
 
-def released(model: Model, kinds: tuple[type, ...] = (tpu.TpuExperts, cpu.CompactMatrix)) -> Model:
+def released(model: Model, kinds: tuple[type, ...] = KERNELS_OWN) -> Model:
     """The same model with its weights as they were released, bit for bit: what training and saving
     take. The model itself if that is how they lie.
 
     Args:
       model: What `load` gave.
-      kinds: Of the layouts that are undone; adapters do with compact matrices.
+      kinds: Of the layouts that are undone; adapters do with those of CPUs.
 
     Raises:
       GptOssError: Its experts are folded, and hold their released bytes no more.

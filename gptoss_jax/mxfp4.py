@@ -73,6 +73,11 @@ class MxTensor:
             )
         return MxTensor(self.blocks[index], self.scales[index])
 
+    def as_rows(self) -> "MxTensor":
+        """[E, F, P, D] -> [E, F P, D]: the same bytes."""
+        E, F, P, _ = self.shape
+        return MxTensor(self.blocks.reshape(E, F * P, -1, BYTES), self.scales.reshape(E, F * P, -1))
+
     def dequantize(self, dtype=jnp.bfloat16) -> jax.Array:
         """Values as an array of `dtype`; exact in bfloat16 and float32 unless the exponent leaves
         their range.
@@ -96,14 +101,6 @@ class MxTensor:
     def __repr__(self) -> str:
         kind = type(self.blocks).__name__
         return f"MxTensor(shape={self.shape}, {kind}, {self.nbytes} bytes)"
-
-
-def as_rows(weight_EFPD: MxTensor) -> MxTensor:
-    """[E, F, P, D] -> [E, F P, D]: the same bytes."""
-    E, F, P, _ = weight_EFPD.shape
-    return MxTensor(
-        weight_EFPD.blocks.reshape(E, F * P, -1, BYTES), weight_EFPD.scales.reshape(E, F * P, -1)
-    )
 
 
 def decode(blocks, scales, dtype=jnp.bfloat16) -> jax.Array:

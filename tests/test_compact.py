@@ -13,7 +13,7 @@ import gptoss_jax as gj
 from gptoss_jax import adapters, checkpoint, loading, lora
 from gptoss_jax.bench import weights
 from gptoss_jax.kernels import cpu
-from gptoss_jax.kernels.cpu import compact, library
+from gptoss_jax.kernels.cpu import compact, experts, library
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.ops import LowRank, backends, linear, product
 
@@ -148,6 +148,7 @@ def test_what_does_not_pay_stays(monkeypatch):
 def small(monkeypatch):
     """Matrices of gpt-oss-tiny are large enough."""
     monkeypatch.setattr(compact, "LEAST", 0)
+    monkeypatch.setattr(experts, "LEAST", 0)
     monkeypatch.setattr(library, "arithmetics", lambda: ["avx512_bf16"])
 
 
@@ -165,6 +166,8 @@ def test_a_loaded_model_computes_the_same(tmp_path):
     layers = range(held.config.num_layers)
     expected = {f"['layers'][{i}]['attention']['{name}']" for i in layers for name in "qkvo"}
     assert names == expected | {"['unembedding']"}
+    for layer in held.params["layers"].values():
+        assert {type(layer["mlp"][name]) for name in ("gate_up", "down")} == {cpu.CpuExperts}
     prompt = list(range(300, 420))
     np.testing.assert_array_equal(held.logits([prompt])[0], plain.logits([prompt])[0])
     greedy = gj.Sampling(temperature=0)
@@ -185,7 +188,7 @@ def test_a_loaded_model_computes_the_same(tmp_path):
 def test_adapters_on_compact_matrices(tmp_path):
     plain = gj.load(dtype="bfloat16", experts="released")
     held = gj.load(dtype="bfloat16")
-    settings = LoraConfig(rank=2, targets=("attention", "unembedding"))
+    settings = LoraConfig(rank=2, targets=("attention", "experts", "unembedding"))
     tree = lora.init(held.config, settings, jax.random.key(0))
     tree = jax.tree.map(lambda x: jnp.ones_like(x) / 64, tree)
     fingerprint = adapters.fingerprint(plain.config, plain.params)
@@ -193,6 +196,7 @@ def test_adapters_on_compact_matrices(tmp_path):
     adapters.save(tmp_path, tree, settings, held.config, fingerprint=fingerprint, source=plain.name)
     found, expected = (loading.with_adapters(m, {"ones": tmp_path}) for m in (held, plain))
     assert cpu.compact_matrices(found.params)
+    assert isinstance(found.params["layers"][0]["mlp"]["down"], cpu.CpuExperts)
     prompt = list(range(300, 340))
     with_it, without = (found.logits([prompt], name)[0] for name in ("ones", None))
     np.testing.assert_array_equal(with_it, expected.logits([prompt], "ones")[0])

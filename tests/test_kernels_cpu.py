@@ -16,6 +16,7 @@ from gptoss_jax.bench.tune import tune
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.kernels import cpu, tuning
 from gptoss_jax.kernels.cpu import library
+from gptoss_jax.kernels.cpu.experts import in_turn
 from gptoss_jax.mxfp4 import MxTensor
 from gptoss_jax.ops import attention, backends, expert_mlp
 from gptoss_jax.ops.product import product
@@ -39,7 +40,8 @@ def plain(rng, experts, outputs, inputs, dtype):
 
 
 def check(rng, M, X, E, N, K, dtype, kind, transposed):
-    weight, values = packed(rng, E, N, K) if kind == "packed" else plain(rng, E, N, K, dtype)
+    weight, values = plain(rng, E, N, K, dtype) if kind == "plain" else packed(rng, E, N, K)
+    weight = in_turn(weight) if kind == "in turn" else weight
     values = np.concatenate([values, np.zeros((1, N, K))])  # nobody's
     experts = rng.integers(0, E + 1, (M, X)).astype(np.int32)
     x = jnp.asarray(rng.normal(size=(M, X, N) if transposed else (M, K)), dtype)
@@ -56,7 +58,14 @@ def check(rng, M, X, E, N, K, dtype, kind, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["product", "transposed"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("packed", "bfloat16"), ("packed", "float32"), ("plain", "bfloat16"), ("plain", "float32")],
+    [
+        ("packed", "bfloat16"),
+        ("packed", "float32"),
+        ("in turn", "bfloat16"),
+        ("in turn", "float32"),
+        ("plain", "bfloat16"),
+        ("plain", "float32"),
+    ],
 )
 @pytest.mark.parametrize(
     "shape",
@@ -70,21 +79,77 @@ def check(rng, M, X, E, N, K, dtype, kind, transposed):
     ids=str,
 )
 def test_sums_of_float64(arithmetic, shape, kind, dtype, transposed):
-    check(np.random.default_rng(0), *shape, jnp.dtype(dtype), kind, transposed)
+    M, X, E, N, K = shape
+    N = 4 * N if kind == "in turn" else N
+    check(np.random.default_rng(0), M, X, E, N, K, jnp.dtype(dtype), kind, transposed)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 70), st.integers(1, 4), st.integers(1, 7), st.integers(1, 40), st.integers(1, 12), st.booleans(), st.integers(0, 2**31))  # fmt: skip
 def test_any_shape(M, X, E, half, blocks, transposed, seed):
-    kind, dtype = [("packed", jnp.bfloat16), ("plain", jnp.bfloat16), ("packed", jnp.float32)][
-        seed % 3
-    ]
-    check(np.random.default_rng(seed), M + 1, X, E, 2 * half, 32 * blocks, dtype, kind, transposed)
+    kind, dtype = [
+        ("packed", jnp.bfloat16),
+        ("plain", jnp.bfloat16),
+        ("in turn", jnp.bfloat16),
+        ("packed", jnp.float32),
+        ("in turn", jnp.float32),
+    ][seed % 5]
+    N = 4 * half if kind == "in turn" else 2 * half
+    check(np.random.default_rng(seed), M + 1, X, E, N, 32 * blocks, dtype, kind, transposed)
 
 
-def test_a_row_does_not_depend_on_the_others(arithmetic):
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(1, 12), st.integers(0, 2**31))  # fmt: skip
+def test_rows_in_turn_are_the_released_bytes(E, fours, paired, blocks, seed):
+    rng = np.random.default_rng(seed)
+    shape = (E, 2 * fours, 2, blocks) if paired else (E, 4 * fours, blocks)
+    weight = MxTensor(
+        jnp.asarray(rng.integers(0, 256, (*shape, 16)).astype(np.uint8)),
+        jnp.asarray(rng.integers(0, 256, shape).astype(np.uint8)),
+    )
+    held = in_turn(weight)
+    assert (held.shape, held.ndim, held.nbytes) == (weight.shape, weight.ndim, weight.nbytes)
+    # as arithmetic.h says: word i of row n's block
+    codes = np.asarray(jnp.stack([weight.blocks & 15, weight.blocks >> 4], -1)).astype(np.uint16)
+    codes = codes.reshape(E, fours, 4, blocks, 32)
+    words = sum(codes[:, :, row] << 4 * row for row in range(4))
+    np.testing.assert_array_equal(np.asarray(held.blocks).view("<u2"), words)
+    for found, expected in (
+        (held.released(), weight),
+        (held[E - 1].released(), weight[E - 1]),
+        (held[1:].released(), weight[1:]),
+        (held.as_rows().released(), weight.as_rows() if paired else weight),
+        (held.head(), (weight.as_rows() if paired else weight)[0, :4]),
+    ):
+        np.testing.assert_array_equal(found.blocks, expected.blocks)
+        np.testing.assert_array_equal(found.scales, expected.scales)
+
+
+def test_experts_that_stay_as_released(monkeypatch):
+    monkeypatch.setattr(library, "arithmetics", lambda: ["avx512_bf16"])
+    shape = 2, 520, 64  # just over a MiB
+    blocks, scales = jnp.zeros((*shape, 16), jnp.uint8), jnp.zeros(shape, jnp.uint8)
+    assert isinstance(cpu.as_cpu_experts(MxTensor(blocks, scales)), cpu.CpuExperts)
+    assert cpu.as_cpu_experts(MxTensor(blocks[:1], scales[:1])) is None
+    assert cpu.as_cpu_experts(MxTensor(blocks[:, 1:], scales[:, 1:])) is None
+    monkeypatch.setattr(library, "arithmetics", lambda: ["avx512", "portable"])
+    assert cpu.as_cpu_experts(MxTensor(blocks, scales)) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13])
+def test_rows_in_turn_give_every_bit_of_the_released(arithmetic, rows):
+    rng = np.random.default_rng(rows)
+    weight, _ = packed(rng, 3, 72, 224)
+    x = jnp.asarray(rng.normal(size=(rows, 224)), jnp.bfloat16)
+    experts = jnp.full((rows, 1), 2, jnp.int32)
+    found, expected = (product_of(x, experts, w) for w in (in_turn(weight), weight))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", [in_turn, lambda weight: weight], ids=["in turn", "released"])
+def test_a_row_does_not_depend_on_the_others(arithmetic, layout):
     rng = np.random.default_rng(1)
-    weight, _ = packed(rng, 3, 40, 192)
+    weight = layout(packed(rng, 3, 40, 192)[0])
     x = jnp.asarray(rng.normal(size=(57, 192)), jnp.bfloat16)
     experts = jnp.asarray(rng.integers(0, 3, (57, 2)).astype(np.int32))
     whole = product_of(x, experts, weight)
@@ -92,17 +157,21 @@ def test_a_row_does_not_depend_on_the_others(arithmetic):
         np.testing.assert_array_equal(product_of(x[rows], experts[rows], weight), whole[rows])
 
 
+@pytest.mark.parametrize("layout", [in_turn, lambda weight: weight], ids=["in turn", "released"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_every_code_and_scale(arithmetic, dtype):
+def test_every_code_and_scale(arithmetic, dtype, layout):
     """Each of the 16 codes with every scale, read out by unit vectors: the bits `decode` gives."""
     codes = np.arange(32, dtype=np.uint8) % 16
-    blocks = np.broadcast_to(codes[0::2] | codes[1::2] << 4, (1, 255, 1, 16))
-    scales = np.arange(255, dtype=np.uint8).reshape(1, 255, 1)
+    blocks = np.broadcast_to(codes[0::2] | codes[1::2] << 4, (1, 252, 1, 16))
+    scales = np.arange(252, dtype=np.uint8).reshape(1, 252, 1)
     weight = MxTensor(jnp.asarray(blocks), jnp.asarray(scales))
-    found = product_of(jnp.eye(32, dtype=dtype), jnp.zeros((32, 1), jnp.int32), weight)
     expected = np.asarray(weight.dequantize(jnp.float32))[0].T
     normal = scales.reshape(-1) <= 250  # beyond, halves leave bfloat16's range
-    np.testing.assert_array_equal(found[:, 0][:, normal], expected[:, normal])
+    for some in (32, 4):  # rows at once: unpacked before, and in registers
+        for start in range(0, 32, some):
+            x = jnp.eye(32, dtype=dtype)[start : start + some]
+            found = product_of(x, jnp.zeros((some, 1), jnp.int32), layout(weight))[:, 0]
+            np.testing.assert_array_equal(found[:, normal], expected[start : start + some, normal])
 
 
 @pytest.mark.parametrize("experts", [[0] * 33, [5] * 33, [*range(5)] * 6 + [1, 1, 1]], ids=["one", "nobody", "all"])  # fmt: skip
@@ -138,9 +207,11 @@ def feed_forward(dtype, M=9, counted=False):
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("layout", [in_turn, lambda weight: weight], ids=["in turn", "released"])
 @pytest.mark.parametrize("M", [1, 9, 90])
-def test_feed_forward_as_the_reference(M, counted):
-    run, *given = feed_forward(jnp.float32, M, counted)
+def test_feed_forward_as_the_reference(M, counted, layout):
+    run, x, *released = feed_forward(jnp.float32, M, counted)
+    given = x, *map(layout, released)
     with backends.use(experts="cpu"):
         found = jax.jit(run)(*given)
     with backends.use(experts="xla"):
@@ -155,14 +226,16 @@ def test_bfloat16_is_no_worse_than_the_reference():
         exact = jax.jit(feed_forward(jnp.float32, 60)[0])
         wide = np.asarray(exact(x.astype(jnp.float32), gate_up, down), np.float64)
     with backends.use(experts="cpu"):
-        found = jax.jit(run)(x, gate_up, down).astype(jnp.float32)
+        found = jax.jit(run)(x, in_turn(gate_up), in_turn(down)).astype(jnp.float32)
     errors = [np.sqrt(np.mean((np.asarray(y, np.float64) - wide) ** 2)) for y in (found, reference)]
     assert errors[0] <= 1.02 * errors[1]
 
 
-def test_gradient_of_the_feed_forward():
+@pytest.mark.parametrize("layout", [in_turn, lambda weight: weight], ids=["in turn", "released"])
+def test_gradient_of_the_feed_forward(layout):
     run, x, gate_up, down = feed_forward(jnp.float32)
-    gradient = jax.grad(lambda x: (run(x, gate_up, down) ** 2).sum())
+    held = layout(gate_up), layout(down)
+    gradient = jax.grad(lambda x: (run(x, *held) ** 2).sum())
     with backends.use(experts="cpu"):
         found = jax.jit(gradient)(x)
     wide = [w.dequantize(jnp.float32) for w in (gate_up, down)]
@@ -321,10 +394,11 @@ def untuned():
 )  # fmt: skip
 def test_no_result_depends_on_tuning(values):
     rng = np.random.default_rng(7)
-    weight, _ = packed(rng, 3, 70, 192)
+    weight, _ = packed(rng, 3, 72, 192)
     x = jnp.asarray(rng.normal(size=(40, 192)), jnp.bfloat16)
     experts = jnp.asarray(rng.integers(0, 3, (40, 2)).astype(np.int32))
-    calls = [lambda n=n: product_of(x[:n], experts[:n], weight) for n in (2, 40)]
+    layouts = weight, in_turn(weight)
+    calls = [lambda n=n, w=w: product_of(x[:n], experts[:n], w) for n in (2, 40) for w in layouts]
     before = [call() for call in calls]
     library.tune(library.Tuning(**values))
     for call, expected in zip(calls, before, strict=True):

@@ -27,7 +27,7 @@ from gptoss_jax.checkpoint import safetensors_file
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import put_leaf
-from gptoss_jax.kernels.cpu import CompactMatrix
+from gptoss_jax.kernels.cpu import CompactMatrix, CpuExperts
 from gptoss_jax.lora import LoraConfig
 from gptoss_jax.model import Params
 from gptoss_jax.mxfp4 import MxTensor, unpack
@@ -225,6 +225,7 @@ def fingerprint(config: GptOssConfig, params: Params) -> str:
                 value = layer[room][name]
                 if isinstance(value, CompactMatrix):
                     value = value.head().released()[0, : value.shape[-1]]
+                value = value.head() if isinstance(value, CpuExperts) else value
                 while value.ndim > 1:
                     value = value[0]
                 value = value.dequantize() if isinstance(value, MxTensor) else value

@@ -24,7 +24,7 @@ from gptoss_jax.mxfp4 import BLOCK, BYTES, MxTensor
 CPU_CANDIDATES = {
     "columns": (16, 32, 64, 128),
     "direct_columns": (32, 64, 128),
-    "direct_rows": (1, 2, 4),
+    "direct_rows": (2, 4, 6),
     "cache": (256 << 10, 512 << 10, 1 << 20),
 }
 GPU_CANDIDATES = {
@@ -153,7 +153,10 @@ def search(
 
 def _cpu(config: GptOssConfig, rows: Sequence[int]) -> list[Kernels]:
     product = jax.jit(cpu.grouped_product)
-    given = _operands(config, rows)
+    given = [
+        (x_MI, experts_MX, cpu.as_cpu_experts(weight) or weight)
+        for x_MI, experts_MX, weight in _operands(config, rows)
+    ]
 
     def call(values: library.Tuning, operands) -> Call:
         def run():

@@ -21,7 +21,7 @@ from gptoss_jax.config import GptOssConfig
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.hf_names import Leaf, leaves, nested
 from gptoss_jax.hf_names import Path as ParamPath
-from gptoss_jax.kernels.cpu import CompactMatrix
+from gptoss_jax.kernels.cpu import CompactMatrix, CpuExperts
 from gptoss_jax.mxfp4 import MxTensor
 
 if TYPE_CHECKING:  # importing Orbax takes a second, which other layouts need not spend
@@ -161,14 +161,28 @@ def _check_complete(config: GptOssConfig, arrays: list[Stored]) -> None:
 def stored_tree(params: dict[str, Any]) -> list[Stored]:
     """The arrays of a parameter tree as what `store.write` and the exporters take."""
     found = []
+
+    def add(path, leaf):
+        array = leaf.released() if isinstance(leaf, CompactMatrix) else leaf
+        found.append(
+            Stored(path, array.shape, np.dtype(array.dtype), lambda rows: np.asarray(array[rows]))
+        )
+
+    def add_experts(path, leaf):
+        """Released when they are read, some at a time."""
+        for name, of in vars(jax.eval_shape(CpuExperts.released, leaf)).items():
+
+            def read(rows, name=name):
+                return np.asarray(getattr(leaf[rows].released(), name))
+
+            found.append(Stored((*path, name), of.shape, np.dtype(of.dtype), read))
+
     leaves = jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=lambda x: isinstance(x, CompactMatrix)
+        params, is_leaf=lambda x: isinstance(x, CompactMatrix | CpuExperts)
     )
-    for keys, array in leaves:
-        array = array.released() if isinstance(array, CompactMatrix) else array
+    for keys, leaf in leaves:
         path: Any = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
-        read = lambda rows, array=array: np.asarray(array[rows])  # noqa: E731
-        found.append(Stored(path, array.shape, np.dtype(array.dtype), read))
+        (add_experts if isinstance(leaf, CpuExperts) else add)(path, leaf)
     return found
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.kernels import tpu
+from gptoss_jax.kernels import cpu, tpu
 from gptoss_jax.mxfp4 import MxTensor, nearest
 from gptoss_jax.ops.linear import LowRank, Rounded, low_rank_product
 from gptoss_jax.ops.product import product
@@ -24,7 +24,7 @@ UNPACKED_LIMIT = (
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 SMALLEST_PART = 8  # of a batch in which not all rows count
 
-Weight = MxTensor | tpu.TpuExperts | jax.Array
+Weight = MxTensor | cpu.CpuExperts | tpu.TpuExperts | jax.Array
 Addition = LowRank | Rounded
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import cpu
-from gptoss_jax.mxfp4 import as_rows
 from gptoss_jax.ops import backends, between
 from gptoss_jax.ops.experts import additions_of, group, in_blocks, swiglu
 from gptoss_jax.ops.linear import PACKED, LowRank, adapted_product, low_rank_product
@@ -55,7 +54,7 @@ def mlp_on_cpu(
             out = packed_product(rows_RI, experts_RX, weight)
         return out.reshape(M * X, -1)
 
-    h = times("gate_up", x_MD, experts_MX, as_rows(gate_up_EFPD))
+    h = times("gate_up", x_MD, experts_MX, gate_up_EFPD.as_rows())
     bias = gate_up_bias_EFP.reshape(E, F * P)
     act = _biased_swiglu(h, bias, flat, alpha, limit, x_MD.dtype)
     out = times("down", act, flat[:, None], down_EDF)
@@ -157,7 +156,7 @@ def _mlp_by_products(
 
     M, X = experts_MX.shape
     E, F, P, D = gate_up_EFPD.shape
-    gate_up_EOD, gate_up_bias_EO = as_rows(gate_up_EFPD), gate_up_bias_EFP.reshape(E, F * P)
+    gate_up_EOD, gate_up_bias_EO = gate_up_EFPD.as_rows(), gate_up_bias_EFP.reshape(E, F * P)
 
     def layer(rows_RD, experts_RX, bias, added):
         """Rows [R, D], each with its experts -> [R X, D]; `bias` and `added` know the experts."""

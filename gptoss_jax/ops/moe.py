@@ -197,7 +197,7 @@ def _computed(*parts, alpha, limit, spread=(), some=False):
     gate_up, down, low_rank = parts[3], parts[5], parts[7]
 
     def why_not_cpu():
-        if not (isinstance(gate_up, MxTensor) and isinstance(down, MxTensor)):
+        if not all(isinstance(weight, MxTensor | cpu.CpuExperts) for weight in (gate_up, down)):
             return "experts are not packed"
         if any(isinstance(pair, Rounded) for pair in low_rank.values()):
             return "merged experts are rounded one after another"

@@ -185,7 +185,7 @@ _product.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def packed_product(
-    x_MI: jax.Array, experts_MX: jax.Array, weight: MxTensor, kernels: Any = cpu
+    x_MI: jax.Array, experts_MX: jax.Array, weight: MxTensor | cpu.CpuExperts, kernels: Any = cpu
 ) -> jax.Array:
     """`kernels.cpu.grouped_product` with packed weights, and its gradient for x; the weights are
     frozen. `kernels` is the room that has the product and its transpose.

@@ -9,6 +9,8 @@ from gptoss_jax.kernels.cpu.compact import CompactMatrix as CompactMatrix
 from gptoss_jax.kernels.cpu.compact import as_compact as as_compact
 from gptoss_jax.kernels.cpu.compact import compact_matrices as compact_matrices
 from gptoss_jax.kernels.cpu.compact import compact_product as compact_product
+from gptoss_jax.kernels.cpu.experts import CpuExperts as CpuExperts
+from gptoss_jax.kernels.cpu.experts import as_cpu_experts as as_cpu_experts
 from gptoss_jax.kernels.cpu.library import why_not as why_not
 from gptoss_jax.kernels.cpu.low_rank import add_low_rank as add_low_rank
 from gptoss_jax.kernels.cpu.low_rank import add_low_rank_gradient as add_low_rank_gradient

@@ -1,10 +1,12 @@
 // What an instruction set has to offer: inner loops on plain pointers, no threads, no standard library (a template of it,
 // compiled for AVX-512 here and shared by the linker, would stop older machines).
 //
-// Rows of weights and of activations are multiplied along K. MXFP4 rows are unpacked in an order of their own: of `group`
-// values first those of the low nibbles, then those of the high ones; activations are permuted once to match.
-// An output is one chain of sums along K, the same whatever else is computed with it: a row's result does not depend on
-// which or how many rows come with it.
+// Rows of weights and of activations are multiplied along K. An output is one chain of sums along K, the same whatever else
+// is computed with it: a row's result does not depend on which or how many rows come with it.
+//
+// MXFP4 comes as it was released, blocks [N, K / 32, 16] and scales [N, K / 32], or with four rows in turn: blocks [N / 4,
+// K / 32, 64] of 32 words, word i with value i of the four rows' blocks, the first row's in its lowest four bits; scales
+// [N / 4, K / 32, 4]. So memory is read from one end to the other, and a value is found by one lookup in a table.
 #pragma once
 #include <cstdint>
 
@@ -12,17 +14,17 @@
 
 struct Arithmetic {
   int bytes;   // of an operand: 2 (bfloat16) or 4 (float32)
-  int group;   // values that share an order when MXFP4 is unpacked
   int direct;  // rows up to which mx_direct is used; 0: there is none
   int compact_rows;  // and `compact`; 0: there is none
 
   // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32.
   void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y);
-  // The same with packed rows: blocks [N, K / 32, 16], scales [N, K / 32]; x in the unpacked order, K any multiple of 32.
+  // The same with packed rows, four in turn.
   void (*mx_direct)(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
                     float* const* y);
-  // One packed row -> operands in the unpacked order, zeros up to a multiple of `group`.
+  // A packed row as it was released -> operands; and four in turn -> operands [4, K].
   void (*unpack)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
+  void (*unpack_four)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
   // The same with the group of rows of a compact matrix that begins at n, of which `count` are wanted; and that group as
   // operands [rows of the group, K].
   void (*compact)(const void* x, int64_t x_row, int rows, const Compact& w, int64_t n, int count, float* y, int64_t y_row);
@@ -61,7 +63,8 @@ struct Arithmetic {
 
 extern "C" const Arithmetic gptoss_float32_base;
 #if defined(__x86_64__)
-// bfloat16 of the 16 codes for every scale; scales 0 and 1 give zeros, as everywhere (mxfp4.half_scale).
-extern "C" uint16_t gptoss_mxfp4_table[256][16];
+// bfloat16 of the 16 codes for every scale, twice: a lookup by five bits may find anything in the fifth. Scales 0 and 1 give
+// zeros, as everywhere (mxfp4.half_scale).
+extern "C" uint16_t gptoss_mxfp4_table[256][32];
 extern "C" const Arithmetic gptoss_float32_avx2, gptoss_float32_avx512, gptoss_bfloat16_avx512;
 #endif

@@ -6,33 +6,19 @@
 namespace {
 
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
-constexpr int kRows = 6, kColumns = 4;   // of one that spreads; columns of one that unpacks
+constexpr int kRows = 6;                 // of one that spreads, and of one that unpacks
 constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weights, that are read by two rows first
 // Bytes of weights that are asked for so far ahead, into the second cache: the first has too few places for lines that are
 // on their way, and products would wait.
-constexpr int kAhead = 8192, kPackedAhead = 11520;
+constexpr int kAhead = 8192, kPackedAhead = 5760;
 constexpr int kHead = 64;  // values of the shortest rows, which are attention's
 constexpr int kSoon = 48;  // rows after which such a row is asked for: they lie too far apart to be read ahead by the machine
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-// 64 packed values -> 32 of the low nibbles and 32 of the high ones. vpermw takes five bits of each index: bit 4 tells the
-// two blocks' tables apart.
-inline void decode(const uint8_t* blocks, const uint8_t* scales, bool two, __m512bh& low, __m512bh& high) {
-  const __m256i bytes = two ? _mm256_loadu_si256((const __m256i*)blocks)
-                            : _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)blocks));
-  const __m512i words = _mm512_cvtepu8_epi16(two ? bytes : _mm256_zextsi128_si256(_mm256_castsi256_si128(bytes)));
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m256i first_table = _mm256_load_si256((const __m256i*)gptoss_mxfp4_table[scales[0]]);
-  const __m256i second_table =
-      two ? _mm256_load_si256((const __m256i*)gptoss_mxfp4_table[scales[1]]) : _mm256_setzero_si256();
-  const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(first_table), second_table, 1);
-  const __m512i low_index = _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), second, 0xEA);  // (a & b) | c
-  const __m512i high_index = _mm512_or_si512(_mm512_srli_epi16(words, 4), second);
-  low = (__m512bh)_mm512_permutexvar_epi16(low_index, values);
-  high = (__m512bh)_mm512_permutexvar_epi16(high_index, values);
-}
+// A scale's values of all codes, for vpermw, which takes five bits of every index: tables hold their 16 values twice.
+inline __m512i table_of(uint8_t scale) { return _mm512_load_si512(gptoss_mxfp4_table[scale]); }
 
 // Lanes of four vectors added up, always in this order.
 inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -41,14 +27,6 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   };
   const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
-template <int R>
-inline void write(const __m512 (&sums)[R][kColumns], float* const* y, int n, int count) {
-  for (int r = 0; r < R; r++) {
-    const __m128 four = totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-    _mm_mask_storeu_ps(y[r] + n, __mmask8((1 << count) - 1), four);
-  }
 }
 
 // R rows of activations with C of weights. Weights come from memory: of one row what lies kAhead further is asked for, of
@@ -107,39 +85,29 @@ void few(const uint16_t* const* x, const uint16_t* w, int64_t stride, int n, int
   for (; n < N; n++) tile<R, 1, 1, 0>(x, w + n * stride, stride, 0, K, true, true, nullptr, y, n);
 }
 
+// R rows of activations with four packed rows of weights in turn.
 template <int R>
-void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int count, int K, float* const* y,
-             int n) {
-  __m512 sums[R][kColumns];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
-  const int64_t units = K / 32;
-  const uint8_t *at[kColumns], *scale[kColumns];
-  for (int c = 0; c < kColumns; c++) {
-    at[c] = blocks + (c < count ? c : count - 1) * units * 16;
-    scale[c] = scales + (c < count ? c : count - 1) * units;
+void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int K, float* const* y, int n) {
+  __m512 sums[R][4];
+  const uint16_t* rows[R];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) {
+    rows[r] = x[r];
+    for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
   }
-  const auto add = [&](int64_t u, bool two) __attribute__((always_inline)) {
+  for (int k = 0; k < K; k += 32, blocks += 64, scales += 4) {
+    _mm_prefetch((const char*)blocks + kPackedAhead, _MM_HINT_T1);
+    const __m512i words = _mm512_loadu_si512(blocks);
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) {
-      __m512bh low, high;
-      decode(at[c] + 16 * u, scale[c] + u, two, low, high);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], load(x[r] + 32 * u), low);
-        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], load(x[r] + 32 * u + 32), high);
-      }
+    for (int c = 0; c < 4; c++) {
+      const __m512i codes = c ? _mm512_srli_epi16(words, 4 * c) : words;
+      const __m512bh b = (__m512bh)_mm512_permutexvar_epi16(codes, table_of(scales[c]));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], load(rows[r] + k), b);
     }
-  };
-  int64_t u = 0;
-  for (; u + 2 <= units; u += 2) {
-    // the 128 bytes a step that these rows have, from one end to the other: every line once
-    for (int line = 0; line < 2; line++)
-      _mm_prefetch((const char*)(blocks + 16 * kColumns * u + 64 * line + kPackedAhead), _MM_HINT_T1);
-    add(u, true);
   }
-  if (u < units) add(u, false);
-  write(sums, y, n, count);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) _mm_storeu_ps(y[r] + n, totals(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
 }
 
 template <template <int> class Call, typename... Rest>
@@ -156,9 +124,8 @@ inline void by_rows(int rows, Rest... rest) {
 
 template <int R>
 struct TileMx {
-  static void run(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int count, int K,
-                  float* const* y, int n) {
-    tile_mx < R <= 4 ? R : 4 > (x, blocks, scales, count, K, y, n);
+  static void run(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* scales, int K, float* const* y, int n) {
+    tile_mx<R>(x, blocks, scales, K, y, n);
   }
 };
 
@@ -282,21 +249,27 @@ void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint
                float* const* y) {
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const int64_t units = K / 32;
-  for (int n = 0; n < N; n += kColumns)
-    by_rows<TileMx>(rows, a, blocks + n * units * 16, scales + n * units, N - n < kColumns ? N - n : kColumns, K, y, n);
+  for (int n = 0; n < N; n += 4) by_rows<TileMx>(rows, a, blocks + n * units * 16, scales + n * units, K, y, n);
 }
 
 void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
-  const int units = K / 32;
-  for (int u = 0; u < units; u += 2) {
-    __m512bh low, high;
-    if (u + 2 <= units)
-      decode(blocks + 16 * u, scales + u, true, low, high);
-    else
-      decode(blocks + 16 * u, scales + u, false, low, high);
-    _mm512_storeu_si512(to + 32 * u, (__m512i)low);
-    _mm512_storeu_si512(to + 32 * u + 32, (__m512i)high);
+  for (int k = 0; k < K; k += 32, blocks += 16, scales++) {
+    // of a byte's word pair the first is looked up by its low nibble, the second by its high one
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)blocks));
+    const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    _mm512_storeu_si512(to + k, _mm512_permutexvar_epi16(codes, table_of(*scales)));
+  }
+}
+
+void unpack_four(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int k = 0; k < K; k += 32, blocks += 64, scales += 4) {
+    _mm_prefetch((const char*)blocks + kPackedAhead, _MM_HINT_T1);
+    const __m512i words = _mm512_loadu_si512(blocks);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++)
+      _mm512_storeu_si512(to + c * K + k, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * c), table_of(scales[c])));
   }
 }
 
@@ -407,5 +380,5 @@ float exponentials(const float* scores, int count, float largest, void* out) {
 
 }  // namespace
 
-extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,       64,     4,       kCompactRows,   tiles,   mx_direct, unpack,
-                                                      compact, unpack_compact, panel,  spread,  largest, exponentials};
+extern "C" const Arithmetic gptoss_bfloat16_avx512 = {
+    2, kRows, kCompactRows, tiles, mx_direct, unpack, unpack_four, compact, unpack_compact, panel, spread, largest, exponentials};

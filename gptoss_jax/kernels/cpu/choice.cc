@@ -5,7 +5,7 @@
 #include "host.h"
 
 #if defined(__x86_64__)
-alignas(64) uint16_t gptoss_mxfp4_table[256][16];
+alignas(64) uint16_t gptoss_mxfp4_table[256][32];
 #endif
 
 namespace {
@@ -42,7 +42,7 @@ const bool ready = [] {
       const float value = (code & 8 ? -1.0f : 1.0f) * halves[code & 7] * half;
       uint32_t whole;
       std::memcpy(&whole, &value, 4);
-      gptoss_mxfp4_table[scale][code] = uint16_t(whole >> 16);
+      for (int half = 0; half < 32; half += 16) gptoss_mxfp4_table[scale][half + code] = uint16_t(whole >> 16);
     }
   __builtin_cpu_init();
 #endif

@@ -1,7 +1,4 @@
 // Products with matrices of bfloat16 that are held in 12 bits a value (compact.h), and how they come to be so.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -28,11 +25,11 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, Bytes rows, B
   const Compact w = {rows.typed_data(),   exponents.typed_data(), starts.typed_data(), places.typed_data(),
                      values.typed_data(), even,                   K};
   const int64_t bytes = use->bytes;
-  std::vector<char> made;
+  std::vector<float> made;
   const char* from = static_cast<const char*>(x.untyped_data());
   if (bytes == 4) {
-    made = operands(pool, use, from, Kind::kBfloat16, M, K, K, 0);
-    from = made.data();
+    made = widened(pool, from, M, K);
+    from = reinterpret_cast<const char*>(made.data());
   }
   const bool direct = M <= use->compact_rows;
   const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (K * bytes) / 6 * 6);
@@ -102,16 +99,6 @@ void each_group(ffi::ThreadPool& pool, int64_t N, int64_t K, const F& one) {
   parallel(pool, (N + step - 1) / step, N * K, [&](int64_t i) {
     for (int64_t n = step * i; n < std::min(step * (i + 1), N); n += Compact::kGroup) one(n);
   });
-}
-
-// Asks the system for pages of 2 MiB before the first byte is written: memory is read a tenth faster through them. NumPy
-// asks for them by itself, XLA's allocator does not.
-void ask_for_huge_pages(void* begin, int64_t size) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), from = (uintptr_t(begin) + page - 1) / page * page;
-  const uintptr_t end = (uintptr_t(begin) + size) / page * page;
-  if (from < end) madvise((void*)from, end - from, MADV_HUGEPAGE);  // it may refuse: nothing depends on it but time
-#endif
 }
 
 const uint16_t* bits(const ffi::Buffer<ffi::BF16>& w) { return static_cast<const uint16_t*>(w.untyped_data()); }

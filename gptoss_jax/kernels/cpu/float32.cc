@@ -125,18 +125,39 @@ inline Vector halves_of(Integers codes) {
 #endif
 }
 
+inline float half_of(uint8_t scale) {
+  const uint32_t bits = scale > 1 ? uint32_t(scale - 1) << 23 : 0;  // 2^(scale - 128)
+  float half;
+  __builtin_memcpy(&half, &bits, 4);
+  return half;
+}
+
 void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
   float* to = static_cast<float*>(out);
   for (int u = 0; u < K / 32; u++, to += 32, blocks += 16) {
-    const uint32_t bits = scales[u] > 1 ? uint32_t(scales[u] - 1) << 23 : 0;  // 2^(scale - 128)
-    float half;
-    __builtin_memcpy(&half, &bits, 4);
+    const float half = half_of(scales[u]);
+    float low[16], high[16];
     for (int i = 0; i < 16; i += WIDTH) {
       const Integers codes = codes_of(blocks + i);
-      store(to + i, halves_of(codes & 15) * half);
-      store(to + 16 + i, halves_of(codes >> 4) * half);
+      store(low + i, halves_of(codes & 15) * half);
+      store(high + i, halves_of(codes >> 4) * half);
     }
+    for (int i = 0; i < 16; i++) to[2 * i] = low[i], to[2 * i + 1] = high[i];
   }
+}
+
+void unpack_four(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
+  float* to = static_cast<float*>(out);
+  for (int k = 0; k < K; k += 32, blocks += 64, scales += 4)
+    for (int c = 0; c < 4; c++) {
+      const float half = half_of(scales[c]);
+      for (int i = 0; i < 32; i += WIDTH) {
+        uint16_t words __attribute__((vector_size(2 * WIDTH)));
+        __builtin_memcpy(&words, blocks + 2 * i, sizeof words);
+        const Integers codes = __builtin_convertvector(words, Integers);
+        store(to + int64_t(c) * K + k + i, halves_of(codes >> 4 * c & 15) * half);
+      }
+    }
 }
 
 void unpack_compact(const Compact& w, int64_t n, void* out) {
@@ -317,6 +338,6 @@ void through_softmax(const float* weights, float mean, int count, float* d) {
 }  // namespace
 
 extern "C" const Arithmetic NAME = {
-    4,      32,     0,       0,            tiles,   nullptr,   unpack, nullptr,         unpack_compact, panel,
-    spread, largest, exponentials, product, transpose, mask,   through_softmax, swiglu, swiglu_gradient,
-    rotate, triple, scaled,  cross_entropy};
+    4,       0,           0,       tiles,     nullptr, unpack,          unpack_four, nullptr,         unpack_compact, panel, spread,
+    largest, exponentials, product, transpose, mask,    through_softmax, swiglu,      swiglu_gradient, rotate,         triple, scaled,
+    cross_entropy};

@@ -32,6 +32,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("threads.cc", []),
     ("products.cc", []),
     ("compact.cc", []),
+    ("experts.cc", []),
     ("attention.cc", []),
     ("attention_gradient.cc", []),
     ("low_rank.cc", []),
@@ -46,6 +47,7 @@ X86_UNITS = [
 ]
 TARGETS = (
     "gptoss_product",
+    "gptoss_four_in_turn",
     "gptoss_compact",
     "gptoss_compact_pack",
     "gptoss_compact_exceptions",
@@ -93,13 +95,13 @@ class Tuning:
     Attributes:
       columns: Outputs of one task, a multiple of 8.
       direct_columns: Of one that unpacks MXFP4 in registers, a multiple of 4.
-      direct_rows: Rows of one expert up to which it does, at most 4; more unpack into the cache.
+      direct_rows: Rows of one expert up to which it does, at most 6; more unpack into the cache.
       cache: Bytes of activations that stay in a core's second cache.
     """
 
     columns: int = 32
     direct_columns: int = 64
-    direct_rows: int = 4
+    direct_rows: int = 6
     cache: int = 512 << 10
 
 

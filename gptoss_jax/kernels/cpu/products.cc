@@ -22,32 +22,33 @@ struct Problem {
   const void* x;  // [rows, inputs]: bfloat16 or float32
   Kind x_kind;
   const int32_t* experts;  // [rows, choices]
-  const void* w;           // [E, N, K] or blocks [E, N, K / 32, 16]
+  const void* w;           // [E, N, K] or blocks [E, N, K / 32, 16] or, four rows in turn, [E, N / 4, K / 32, 64]
   const uint8_t* scales;
   Kind kind;
+  bool four;
   int64_t rows, choices, E, N, K;
   float* y;
 
-  int64_t padded() const {
-    const int64_t group = kind == Kind::kPacked ? use->group : 32;
-    return (K + group - 1) / group * group;
-  }
-  // A row of weights as operands; `to` is used where they must be made.
-  const void* weights(int64_t expert, int64_t n, void* to) const {
-    const int64_t row = expert * N + n;
-    if (kind == Kind::kPacked) {
-      const uint8_t* blocks = static_cast<const uint8_t*>(w);
-      use->unpack(blocks + row * K / 2, scales + row * (K / 32), int(K), to);
-      return to;
-    }
-    if (kind == Kind::kBfloat16 && use->bytes == 4) {
-      const uint16_t* from = static_cast<const uint16_t*>(w) + row * K;
-      for (int64_t k = 0; k < K; k++) static_cast<float*>(to)[k] = widen(from[k]);
-      return to;
-    }
-    return static_cast<const char*>(w) + row * K * use->bytes;
-  }
   bool in_place() const { return kind == (use->bytes == 2 ? Kind::kBfloat16 : Kind::kFloat32); }
+  // Rows of activations as operands; `made` is used where they must be made.
+  const char* activations(ffi::ThreadPool& pool, int64_t count, int64_t width, std::vector<float>& made) const {
+    if (x_kind == Kind::kFloat32 || use->bytes == 2) return static_cast<const char*>(x);
+    made = widened(pool, x, count, width);
+    return reinterpret_cast<const char*>(made.data());
+  }
+  const uint8_t* blocks(int64_t row) const { return static_cast<const uint8_t*>(w) + row * K / 2; }
+  // Rows of an expert's weights as operands; `to` is used where they must be made.
+  const void* weights(int64_t expert, int64_t n, int64_t count, char* to) const {
+    const int64_t row = expert * N + n, bytes = use->bytes;
+    if (in_place()) return static_cast<const char*>(w) + row * K * bytes;
+    if (kind == Kind::kBfloat16) {
+      copy_rows(kind, static_cast<const uint16_t*>(w) + row * K, K, count, K, reinterpret_cast<float*>(to));
+      return to;
+    }
+    for (int64_t c = row; c < row + count; c += four ? 4 : 1, to += (four ? 4 : 1) * K * bytes)
+      (four ? use->unpack_four : use->unpack)(blocks(c), scales + c * (K / 32), int(K), to);
+    return to - count * K * bytes;
+  }
 };
 
 // Pairs (row, choice) of every expert, in order; of those that are nobody's the results are zeros.
@@ -70,59 +71,43 @@ struct Groups {
   }
 };
 
-// y [rows, choices, N] = x [rows, K] with the rows of each chosen expert.
+// y [rows, choices, N] = x [rows, K] with the rows of each chosen expert. Tasks begin at multiples of four rows.
 void multiply(ffi::ThreadPool& pool, const Problem& p) {
   const Groups groups(p, p.N);
-  const int64_t padded = p.padded(), bytes = p.use->bytes;
-  const bool plain = p.x_kind == (bytes == 2 ? Kind::kBfloat16 : Kind::kFloat32) && p.kind != Kind::kPacked;
-  std::vector<char> made;
-  const char* x = static_cast<const char*>(p.x);
-  if (!plain) {
-    made = operands(pool, p.use, p.x, p.x_kind, p.rows, p.K, padded, p.kind == Kind::kPacked ? p.use->group : 0);
-    x = made.data();
-  }
-  const int64_t direct_rows = std::min<int64_t>(p.use->direct, gptoss_tuning.direct_rows);
+  const int64_t bytes = p.use->bytes;
+  std::vector<float> made;
+  const char* x = p.activations(pool, p.rows, p.K, made);
+  const int64_t direct_rows = p.four ? std::min<int64_t>(p.use->direct, gptoss_tuning.direct_rows) : 0;
   struct Task {
     int64_t expert, n, count;
   };
   std::vector<Task> tasks;
   for (int64_t e = 0; e < p.E; e++) {
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
-    const int64_t step = p.kind == Kind::kPacked && rows <= direct_rows ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
+    const int64_t step = rows <= direct_rows ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
     for (int64_t n = 0; rows && n < p.N; n += step) tasks.push_back({e, n, std::min(step, p.N - n)});
   }
-  const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (padded * bytes) / 6 * 6);
+  const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (p.K * bytes) / 6 * 6);
   parallel(pool, int64_t(tasks.size()), p.rows * p.choices * p.N * p.K, [&](int64_t i) {
     const auto [e, n, count] = tasks[i];
     const int64_t* pairs = groups.pairs.data() + groups.starts[e];
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
-    const bool direct = p.kind == Kind::kPacked && rows <= direct_rows;
-    const void* w = nullptr;
-    if (!direct) {
-      if (p.in_place()) {
-        w = p.weights(e, n, nullptr);
-      } else {
-        char* to = static_cast<char*>(scratch<0>(count * padded * bytes));
-        for (int64_t c = 0; c < count; c++) p.weights(e, n + c, to + c * padded * bytes);
-        w = to;
-      }
-    }
-    const int64_t stride = p.in_place() ? p.K : padded;
+    const bool direct = rows <= direct_rows;
+    char* room = direct || p.in_place() ? nullptr : static_cast<char*>(scratch<0>(count * p.K * bytes));
+    const void* w = direct ? nullptr : p.weights(e, n, count, room);
     const void** at = static_cast<const void**>(scratch<1>(block * sizeof(void*)));
     float** to = static_cast<float**>(scratch<4>(block * sizeof(float*)));
     for (int64_t start = 0; start < rows; start += block) {
       const int64_t some = std::min(block, rows - start);
       for (int64_t m = 0; m < some; m++) {
-        at[m] = x + pairs[start + m] / p.choices * padded * bytes;
+        at[m] = x + pairs[start + m] / p.choices * p.K * bytes;
         to[m] = p.y + pairs[start + m] * p.N + n;
       }
-      if (direct) {
-        const int64_t row = e * p.N + n;
-        p.use->mx_direct(at, int(some), static_cast<const uint8_t*>(p.w) + row * p.K / 2, p.scales + row * (p.K / 32),
-                         int(count), int(p.K), to);
-      } else {
-        p.use->tiles(at, int(some), w, stride, int(count), int(p.in_place() ? p.K : padded), to);
-      }
+      const int64_t row = e * p.N + n;
+      if (direct)
+        p.use->mx_direct(at, int(some), p.blocks(row), p.scales + row * (p.K / 32), int(count), int(p.K), to);
+      else
+        p.use->tiles(at, int(some), w, p.K, int(count), int(p.K), to);
     }
   });
 }
@@ -130,14 +115,9 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
 // y [rows, choices, K] = g [rows, choices, N] times the chosen experts' rows: the gradient of `multiply`.
 void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
   const Groups groups(p, p.K);
-  const int64_t bytes = p.use->bytes, pairs_count = p.rows * p.choices;
-  const bool plain = p.x_kind == (bytes == 2 ? Kind::kBfloat16 : Kind::kFloat32);
-  std::vector<char> made;
-  const char* g = static_cast<const char*>(p.x);
-  if (!plain) {
-    made = operands(pool, p.use, p.x, p.x_kind, pairs_count, p.N, p.N, 0);
-    g = made.data();
-  }
+  const int64_t bytes = p.use->bytes;
+  std::vector<float> made;
+  const char* g = p.activations(pool, p.rows * p.choices, p.N, made);
   struct Task {
     int64_t expert, k;
   };
@@ -166,8 +146,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
             char* to = unpacked + j * wide * bytes;
             const int64_t row = e * p.N + n + d + j;
             if (p.kind == Kind::kPacked) {
-              p.use->unpack(static_cast<const uint8_t*>(p.w) + (row * p.K + k) / 2, p.scales + (row * p.K + k) / 32,
-                            int(columns), to);
+              p.use->unpack(p.blocks(row) + k / 2, p.scales + (row * p.K + k) / 32, int(columns), to);
             } else if (p.in_place()) {
               std::memcpy(to, static_cast<const char*>(p.w) + (row * p.K + k) * bytes, columns * bytes);
             } else {
@@ -175,9 +154,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
               for (int64_t c = 0; c < columns; c++) reinterpret_cast<float*>(to)[c] = widen(from[c]);
             }
             // What lies behind the last column is multiplied and not written; only its bits must be numbers.
-            const int64_t filled = p.kind == Kind::kPacked ? (columns + p.use->group - 1) / p.use->group * p.use->group
-                                                           : columns;
-            if (filled < wide) std::memset(to + filled * bytes, 0, (wide - filled) * bytes);
+            std::memset(to + columns * bytes, 0, (wide - columns) * bytes);
             two[j] = to;
           }
           p.use->panel(two, 2, int(wide), panel + d * wide * bytes);
@@ -185,25 +162,14 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
         for (int64_t m = 0; m < some; m++) at[m] = g + (pairs[start + m] * p.N + n) * bytes;
         p.use->spread(at, int(some), panel, int(deep), int(wide), sums, wide);
       }
-      const int64_t group = p.kind == Kind::kPacked ? p.use->group : 1, half = group / 2;
-      for (int64_t m = 0; m < some; m++) {
-        const float* from = sums + m * wide;
-        float* to = p.y + pairs[start + m] * p.K + k;
-        if (group == 1)
-          std::memcpy(to, from, columns * 4);
-        else
-          for (int64_t c = 0; c < columns; c += group)
-            for (int64_t i = 0; i < half && c + 2 * i < columns; i++) {
-              to[c + 2 * i] = from[c + i];
-              to[c + 2 * i + 1] = from[c + half + i];
-            }
-      }
+      for (int64_t m = 0; m < some; m++) std::memcpy(p.y + pairs[start + m] * p.K + k, sums + m * wide, columns * 4);
     }
   });
 }
 
-// x [rows, K] (or g [rows, choices, N] if transposed), experts [rows, choices], weights [E, N, K] or blocks [E, N, U, 16],
-// scales [E, N, U] (any array for plain weights) -> float32 [rows, choices, N] (or K).
+// x [rows, K] (or g [rows, choices, N] if transposed), experts [rows, choices], weights [E, N, K] or blocks [E, N, U, 16]
+// and scales [E, N, U] (any array for plain weights), or, four rows in turn and not transposed, [E, N / 4, U, 64] and [E, N /
+// 4, U, 4] -> float32 [rows, choices, N] (or K).
 ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
                    ffi::AnyBuffer weights, ffi::AnyBuffer scales, ffi::ResultBuffer<ffi::F32> y) {
   const auto x_kind = kind_of(x.element_type()), kind = kind_of(weights.element_type());
@@ -216,11 +182,13 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
   p.scales = static_cast<const uint8_t*>(scales.untyped_data());
   p.experts = experts.typed_data(), p.y = y->typed_data();
   p.rows = experts.dimensions()[0], p.choices = experts.dimensions()[1];
-  p.E = weights.dimensions()[0], p.N = weights.dimensions()[1];
+  p.four = p.kind == Kind::kPacked && weights.dimensions()[3] == 64;
+  p.E = weights.dimensions()[0], p.N = weights.dimensions()[1] * (p.four ? 4 : 1);
   p.K = weights.dimensions()[2] * (p.kind == Kind::kPacked ? 32 : 1);
   const int64_t inputs = transposed ? p.choices * p.N : p.K;
-  if (p.K % 32 || (transposed && p.N % 2) || int64_t(x.element_count()) != p.rows * inputs)
-    return ffi::Error::InvalidArgument("shapes do not fit: K must be a multiple of 32, N even for the transposed product");
+  if (p.K % 32 || (transposed && (p.N % 2 || p.four)) || int64_t(x.element_count()) != p.rows * inputs)
+    return ffi::Error::InvalidArgument(
+        "shapes do not fit: K must be a multiple of 32, and for the transposed product N even and rows one after the other");
   if (transposed)
     multiply_transposed(pool, p);
   else

@@ -4,19 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.kernels.cpu.experts import CpuExperts
 from gptoss_jax.mxfp4 import BLOCK, MxTensor
 
 
 def grouped_product(
     x_MI: Float[Array, "M I"],
     experts_MX: Int[Array, "M X"],
-    weight: MxTensor | Float[Array, "E O I"],
+    weight: MxTensor | CpuExperts | Float[Array, "E O I"],
 ) -> Float[Array, "M X O"]:
     """x times the rows of each chosen expert, float32 sums; zeros where the expert is nobody's (E
     or more).
 
-    Packed weights are read once for each expert that is chosen, and unpacked in registers or in a
-    core's own cache. A row's result does not depend on which other rows come with it.
+    Packed weights are read once for each expert that is chosen, and unpacked in a core's own cache,
+    or in registers for few rows of `CpuExperts`. A row's result does not depend on which other rows
+    come with it.
 
     Args:
       x_MI: bfloat16 or float32; I a multiple of 32.
@@ -32,16 +34,17 @@ def grouped_product(
 def grouped_product_transposed(
     g_MXO: Float[Array, "M X O"],
     experts_MX: Int[Array, "M X"],
-    weight: MxTensor | Float[Array, "E O I"],
+    weight: MxTensor | CpuExperts | Float[Array, "E O I"],
 ) -> Float[Array, "M X I"]:
     """g times the columns of each chosen expert: the gradient of `grouped_product` with respect to
     x, one for each choice; O even. Arguments and result as there.
     """
+    weight = weight.released() if isinstance(weight, CpuExperts) else weight
     return _call(g_MXO, experts_MX, weight, weight.shape[2], transposed=True)
 
 
 def _call(x, experts_MX, weight, outputs: int, transposed: bool):
-    if isinstance(weight, MxTensor):
+    if isinstance(weight, MxTensor | CpuExperts):
         assert weight.shape[-1] % BLOCK == 0
         parts = weight.blocks, weight.scales
     else:

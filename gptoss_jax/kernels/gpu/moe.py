@@ -24,7 +24,7 @@ from gptoss_jax.kernels.gpu import blocks, triton
 from gptoss_jax.kernels.gpu.blocks import LEAST_ROWS, Tile
 from gptoss_jax.kernels.gpu.triton import ds, load, program_id, store
 from gptoss_jax.kernels.gpu.unpack import BYTES, QUICK, unpack
-from gptoss_jax.mxfp4 import MxTensor, as_rows
+from gptoss_jax.mxfp4 import MxTensor
 
 QUICK_ROWS = 64  # of a block, at most, whose registers hold two ways
 
@@ -81,7 +81,7 @@ def mlp(
     tile, pairs = _arranged(experts_MX, E, x_MD.dtype, chosen)
     gate_up = functools.partial(_swiglu, alpha=alpha, limit=limit)
     act_RF = _product(
-        gate_up, pairs, tile, x_MD, as_rows(gate_up_EFPD), gate_up_bias_EFP.reshape(E, F * P),
+        gate_up, pairs, tile, x_MD, gate_up_EFPD.as_rows(), gate_up_bias_EFP.reshape(E, F * P),
         each=X, result=(F, x_MD.dtype), name="experts_gate_up", interpret=interpret,
     )  # fmt: skip
     out_RD = _product(
