@@ -8,9 +8,10 @@ namespace {
 constexpr int kTall = 3, kWide = 8;      // of a tile of many plain rows
 constexpr int kRows = 6;                 // of one that spreads, and of one that unpacks
 constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weights, that are read by two rows first
-// Bytes of weights that are asked for so far ahead, into the second cache: the first has too few places for lines that are
-// on their way, and products would wait.
-constexpr int kAhead = 8192, kPackedAhead = 5760;
+// Bytes of weights that are asked for so far ahead, into the second cache, for the first has too few places for lines that
+// are on their way, and products would wait; and from there into the first, where products keep the machine from looking
+// ahead itself.
+constexpr int kAhead = 8192, kAheadNear = 2304;
 constexpr int kHead = 64;  // values of the shortest rows, which are attention's
 constexpr int kSoon = 48;  // rows after which such a row is asked for: they lie too far apart to be read ahead by the machine
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
@@ -96,7 +97,9 @@ void tile_mx(const uint16_t* const* x, const uint8_t* blocks, const uint8_t* sca
     for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
   }
   for (int k = 0; k < K; k += 32, blocks += 64, scales += 4) {
-    _mm_prefetch((const char*)blocks + kPackedAhead, _MM_HINT_T1);
+    _mm_prefetch((const char*)blocks + kAhead, _MM_HINT_T1);
+    _mm_prefetch((const char*)blocks + kAheadNear, _MM_HINT_T0);
+    if (k % 512 == 0) _mm_prefetch((const char*)scales + kAhead / 16, _MM_HINT_T1);
     const __m512i words = _mm512_loadu_si512(blocks);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
@@ -265,7 +268,7 @@ void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
 void unpack_four(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
   for (int k = 0; k < K; k += 32, blocks += 64, scales += 4) {
-    _mm_prefetch((const char*)blocks + kPackedAhead, _MM_HINT_T1);
+    _mm_prefetch((const char*)blocks + kAhead, _MM_HINT_T1);
     const __m512i words = _mm512_loadu_si512(blocks);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++)

@@ -2,8 +2,6 @@
 #pragma once
 
 constexpr int kCompactRows = 8;        // of activations that are multiplied as weights come from memory
-// As kAhead; and from the second cache into the first, where many products keep the machine from looking ahead itself.
-constexpr int kCompactAhead = 8192, kCompactSoon = 768;
 
 // High bytes of a row's 16 codes, in every 128 bits.
 inline __m512i high_bytes(uint8_t exponent) {
@@ -109,8 +107,8 @@ void compact_group(const uint16_t* x, int64_t x_row, const Compact& w, int64_t n
 #pragma GCC unroll 3
             for (int line = 0; line < 3; line++)
               if (2 * R * line / 3 == R * v + r) {
-                _mm_prefetch((const char*)here + kCompactAhead + 64 * line, _MM_HINT_T1);
-                if (R >= 4) _mm_prefetch((const char*)here + kCompactSoon + 64 * line, _MM_HINT_T0);
+                _mm_prefetch((const char*)here + kAhead + 64 * line, _MM_HINT_T1);
+                if (R >= 2) _mm_prefetch((const char*)here + kAheadNear + 64 * line, _MM_HINT_T0);
               }
           }
       };
@@ -176,7 +174,7 @@ void unpack_compact(const Compact& w, int64_t n, void* out) {
   for (int p = 0; p < rows_of(w, n) / 2; p++) exceptions[p].begin(w, n + 2 * p);
   each_unit(w, n, [&](int64_t pair, int64_t k, int width, int64_t at) {
     const uint8_t *from = group + at, *exponents = w.exponents + n + 2 * pair;
-    for (int line = 0; line < 3 * width; line += 64) _mm_prefetch((const char*)from + kCompactAhead + line, _MM_HINT_T1);
+    for (int line = 0; line < 3 * width; line += 64) _mm_prefetch((const char*)from + kAhead + line, _MM_HINT_T1);
     read_pair(from, high_bytes(exponents[0]), high_bytes(exponents[1]), k, width, exceptions[pair],
               to + 2 * pair * w.K + k, w.K);
   });
