@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t kColumns = 2 * Compact::kGroup;  // outputs of one task
+constexpr int64_t kPasses = 8;            // over a group of rows of weights, before it pays to unpack them
 constexpr int64_t kPacked = 4;            // groups of one task that packs
 
 using Bytes = ffi::Buffer<ffi::U8>;
@@ -31,14 +32,19 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, Bytes rows, B
     made = widened(pool, from, M, K);
     from = reinterpret_cast<const char*>(made.data());
   }
-  const bool direct = M <= use->compact_rows;
+  const int64_t passes = use->compact_rows ? (M + use->compact_rows - 1) / use->compact_rows : 0;
+  const bool direct = use->compact_rows && passes <= kPasses;
   const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (K * bytes) / 6 * 6);
   parallel(pool, (N + kColumns - 1) / kColumns, M * N * K, [&](int64_t i) {
     const int64_t n = kColumns * i, count = std::min(kColumns, N - n);
     float* out = y->typed_data() + n;
     if (direct) {
       for (int64_t c = 0; c < count; c += Compact::kGroup)
-        use->compact(from, K, int(M), w, n + c, int(std::min<int64_t>(Compact::kGroup, count - c)), out + c, N);
+        for (int64_t pass = 0; pass < passes; pass++) {
+          const int64_t m = M * pass / passes, rows = M * (pass + 1) / passes - m;
+          use->compact(from + m * K * bytes, K, int(rows), w, n + c, int(std::min<int64_t>(Compact::kGroup, count - c)),
+                       out + m * N + c, N);
+        }
       return;
     }
     char* room = static_cast<char*>(scratch<0>(kColumns * K * bytes));
