@@ -390,7 +390,7 @@ def untuned():
 
 @pytest.mark.usefixtures("untuned")
 @pytest.mark.parametrize(
-    "values", [{"columns": 8}, {"columns": 128, "cache": 1}, {"direct_rows": 0}, {"direct_columns": 4}]
+    "values", [{"columns": 8}, {"columns": 128, "cache": 1}, {"direct_columns": 4}]
 )  # fmt: skip
 def test_no_result_depends_on_tuning(values):
     rng = np.random.default_rng(7)

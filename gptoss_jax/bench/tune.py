@@ -24,7 +24,6 @@ from gptoss_jax.mxfp4 import BLOCK, BYTES, MxTensor
 CPU_CANDIDATES = {
     "columns": (16, 32, 64, 128),
     "direct_columns": (32, 64, 128),
-    "direct_rows": (2, 4, 6),
     "cache": (256 << 10, 512 << 10, 1 << 20),
 }
 GPU_CANDIDATES = {

@@ -14,15 +14,13 @@
 
 struct Arithmetic {
   int bytes;   // of an operand: 2 (bfloat16) or 4 (float32)
-  int direct;  // rows up to which mx_direct is used; 0: there is none
-  int compact_rows;  // and `compact`; 0: there is none
+  int compact_rows;  // that `compact` takes at once; 0: there is none
 
   // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32.
   void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y);
-  // The same with packed rows, four in turn.
-  void (*mx_direct)(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
-                    float* const* y);
-  // A packed row as it was released -> operands; and four in turn -> operands [4, K].
+  // The same with packed rows, four in turn, unpacked in registers; null where they are unpacked before.
+  void (*mx_four)(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K, float* const* y);
+  // A packed row as it was released -> operands; and four in turn -> operands [4, K], where there is no mx_four.
   void (*unpack)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
   void (*unpack_four)(const uint8_t* blocks, const uint8_t* scales, int K, void* out);
   // The same with the group of rows of a compact matrix that begins at n, of which `count` are wanted; and that group as

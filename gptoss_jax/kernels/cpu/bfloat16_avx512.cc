@@ -248,11 +248,15 @@ void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N,
   }
 }
 
-void mx_direct(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K,
-               float* const* y) {
+// Few rows of activations stay near while the weights pass, from the second cache but for the first time.
+void mx_four(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K, float* const* y) {
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const int64_t units = K / 32;
-  for (int n = 0; n < N; n += 4) by_rows<TileMx>(rows, a, blocks + n * units * 16, scales + n * units, K, y, n);
+  const int passes = (rows + kRows - 1) / kRows;
+  for (int pass = 0; pass < passes; pass++) {
+    const int m = rows * pass / passes, some = rows * (pass + 1) / passes - m;
+    for (int n = 0; n < N; n += 4) by_rows<TileMx>(some, a + m, blocks + n * units * 16, scales + n * units, K, y + m, n);
+  }
 }
 
 void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
@@ -262,17 +266,6 @@ void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)blocks));
     const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
     _mm512_storeu_si512(to + k, _mm512_permutexvar_epi16(codes, table_of(*scales)));
-  }
-}
-
-void unpack_four(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
-  uint16_t* to = static_cast<uint16_t*>(out);
-  for (int k = 0; k < K; k += 32, blocks += 64, scales += 4) {
-    _mm_prefetch((const char*)blocks + kAhead, _MM_HINT_T1);
-    const __m512i words = _mm512_loadu_si512(blocks);
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++)
-      _mm512_storeu_si512(to + c * K + k, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * c), table_of(scales[c])));
   }
 }
 
@@ -383,5 +376,5 @@ float exponentials(const float* scores, int count, float largest, void* out) {
 
 }  // namespace
 
-extern "C" const Arithmetic gptoss_bfloat16_avx512 = {
-    2, kRows, kCompactRows, tiles, mx_direct, unpack, unpack_four, compact, unpack_compact, panel, spread, largest, exponentials};
+extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,     kCompactRows, tiles,          mx_four, unpack, nullptr,
+                                                      compact, unpack_compact, panel, spread, largest, exponentials};

@@ -338,6 +338,6 @@ void through_softmax(const float* weights, float mean, int count, float* d) {
 }  // namespace
 
 extern "C" const Arithmetic NAME = {
-    4,       0,           0,       tiles,     nullptr, unpack,          unpack_four, nullptr,         unpack_compact, panel, spread,
-    largest, exponentials, product, transpose, mask,    through_softmax, swiglu,      swiglu_gradient, rotate,         triple, scaled,
-    cross_entropy};
+    4,       0,            tiles,   nullptr,   unpack, unpack_four,     nullptr, unpack_compact,  panel,  spread,
+    largest, exponentials, product, transpose, mask,   through_softmax, swiglu,  swiglu_gradient, rotate, triple,
+    scaled,  cross_entropy};

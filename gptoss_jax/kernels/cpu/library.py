@@ -95,13 +95,11 @@ class Tuning:
     Attributes:
       columns: Outputs of one task, a multiple of 8.
       direct_columns: Of one that unpacks MXFP4 in registers, a multiple of 4.
-      direct_rows: Rows of one expert up to which it does, at most 6; more unpack into the cache.
       cache: Bytes of activations that stay in a core's second cache.
     """
 
     columns: int = 32
     direct_columns: int = 64
-    direct_rows: int = 6
     cache: int = 512 << 10
 
 

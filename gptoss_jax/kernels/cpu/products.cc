@@ -77,14 +77,14 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
   const int64_t bytes = p.use->bytes;
   std::vector<float> made;
   const char* x = p.activations(pool, p.rows, p.K, made);
-  const int64_t direct_rows = p.four ? std::min<int64_t>(p.use->direct, gptoss_tuning.direct_rows) : 0;
+  const bool direct = p.four && p.use->mx_four;
+  const int64_t step = direct ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
   struct Task {
     int64_t expert, n, count;
   };
   std::vector<Task> tasks;
   for (int64_t e = 0; e < p.E; e++) {
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
-    const int64_t step = rows <= direct_rows ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
     for (int64_t n = 0; rows && n < p.N; n += step) tasks.push_back({e, n, std::min(step, p.N - n)});
   }
   const int64_t block = std::max<int64_t>(6, gptoss_tuning.cache / (p.K * bytes) / 6 * 6);
@@ -92,7 +92,6 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
     const auto [e, n, count] = tasks[i];
     const int64_t* pairs = groups.pairs.data() + groups.starts[e];
     const int64_t rows = groups.starts[e + 1] - groups.starts[e];
-    const bool direct = rows <= direct_rows;
     char* room = direct || p.in_place() ? nullptr : static_cast<char*>(scratch<0>(count * p.K * bytes));
     const void* w = direct ? nullptr : p.weights(e, n, count, room);
     const void** at = static_cast<const void**>(scratch<1>(block * sizeof(void*)));
@@ -105,7 +104,7 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
       }
       const int64_t row = e * p.N + n;
       if (direct)
-        p.use->mx_direct(at, int(some), p.blocks(row), p.scales + row * (p.K / 32), int(count), int(p.K), to);
+        p.use->mx_four(at, int(some), p.blocks(row), p.scales + row * (p.K / 32), int(count), int(p.K), to);
       else
         p.use->tiles(at, int(some), w, p.K, int(count), int(p.K), to);
     }
@@ -199,8 +198,8 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
 }  // namespace
 
 // Names of what this machine can compute with, the best first, by spaces.
-extern "C" void gptoss_tune(int64_t columns, int64_t direct_columns, int64_t direct_rows, int64_t cache) {
-  gptoss_tuning = {columns, direct_columns, direct_rows, cache};
+extern "C" void gptoss_tune(int64_t columns, int64_t direct_columns, int64_t cache) {
+  gptoss_tuning = {columns, direct_columns, cache};
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_product, product,

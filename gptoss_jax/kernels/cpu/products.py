@@ -17,7 +17,7 @@ def grouped_product(
     or more).
 
     Packed weights are read once for each expert that is chosen, and unpacked in a core's own cache,
-    or in registers for few rows of `CpuExperts`. A row's result does not depend on which other rows
+    those of `CpuExperts` in registers. A row's result does not depend on which other rows
     come with it.
 
     Args:
