@@ -65,7 +65,8 @@ def load(
         peft's; requests choose by name.
       experts: How MXFP4 experts lie in memory: "released", the bytes as they are, which training
         and adapters need; "packed" or "folded", as a TPU's kernels read them (kernels/tpu/layout.py
-        says which suits what). By default as `storage_for` says.
+        says which suits what). By default as the devices' kernels read them fastest
+        (`for_kernels`).
       progress: Called with each parameter's name and bytes when it is there.
 
     Returns:
@@ -144,7 +145,7 @@ def for_kernels(params: Params, mesh: Mesh | None, experts: Layout | None = None
     Args:
       params: The tree, as released.
       mesh: Over which it is spread.
-      experts: How they lie; by default as `storage_for` says.
+      experts: How TPUs hold them; by default as `storage_for` says.
     """
     form = experts or storage_for(params, mesh)
     if form != "released":

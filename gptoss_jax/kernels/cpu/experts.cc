@@ -20,12 +20,13 @@ void turn(const uint8_t* from, int64_t row, uint8_t* to) {
     for (int j = 0; j < 4; j++) to[4 * i + j] = parts[j][i];
 }
 
-// blocks [E, N, U, 16], scales [E, N, U] -> blocks [E, N / 4, U, 64], scales [E, N / 4, U, 4].
+// blocks [E, ..., U, 16], scales [E, ..., U] of E N rows -> blocks [E, N / 4, U, 64], scales [E, N / 4, U, 4].
 ffi::Error four_in_turn(ffi::ThreadPool pool, Bytes blocks, Bytes scales, Result to_blocks, Result to_scales) {
-  const int64_t N = blocks.dimensions()[1], U = blocks.dimensions()[2], fours = blocks.dimensions()[0] * N / 4;
-  if (N % 4 || int64_t(to_blocks->element_count()) != int64_t(blocks.element_count()) ||
+  const auto made = to_blocks->dimensions();
+  const int64_t fours = made[0] * made[1], U = made[2];
+  if (made[3] != 64 || int64_t(blocks.element_count()) != 64 * fours * U ||
       int64_t(scales.element_count()) != 4 * fours * U || int64_t(to_scales->element_count()) != 4 * fours * U)
-    return ffi::Error::InvalidArgument("shapes do not fit: rows must be a multiple of 4");
+    return ffi::Error::InvalidArgument("shapes do not fit: an expert's rows must be a multiple of 4");
   ask_for_huge_pages(to_blocks->untyped_data(), to_blocks->size_bytes());
   parallel(pool, fours, 128 * fours * U, [&](int64_t n) {
     const uint8_t *from = blocks.typed_data() + 64 * n * U, *of = scales.typed_data() + 4 * n * U;

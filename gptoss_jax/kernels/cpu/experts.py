@@ -104,10 +104,9 @@ def in_turn(weight: MxTensor) -> CpuExperts:
     """`as_cpu_experts` of experts of any size, each a multiple of four rows, on any machine that
     has kernels.
     """
-    E, *outputs, _, _ = weight.blocks.shape
-    rows = weight.blocks.reshape(E, math.prod(outputs), -1, BYTES)
-    scales = weight.scales.reshape(rows.shape[:-1])
-    fours = E, rows.shape[1] // ROWS, rows.shape[2]
+    E, *outputs, units = weight.scales.shape
+    fours = E, math.prod(outputs) // ROWS, units
     made = tuple(jax.ShapeDtypeStruct((*fours, size), jnp.uint8) for size in (ROWS * BYTES, ROWS))
-    blocks, scales = jax.ffi.ffi_call("gptoss_four_in_turn", made)(rows, scales)
+    call = jax.ffi.ffi_call("gptoss_four_in_turn", made)
+    blocks, scales = call(weight.blocks, weight.scales)
     return CpuExperts(blocks, scales, weight.shape)
