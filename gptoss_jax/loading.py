@@ -189,15 +189,19 @@ def for_cpu(params: Params) -> Params:
     """
     if jax.default_backend() != "cpu" or cpu.why_not() or params["embedding"].dtype != jnp.bfloat16:
         return params
+
+    def replace(room, name, made):
+        room[name] = room[name] if made is None else made
+
     for layer in params["layers"].values():
+        mlp, attention = layer["mlp"], layer["attention"]
         for name in ("gate_up", "down"):
-            weight = layer["mlp"][name]
-            if isinstance(weight, MxTensor):
-                layer["mlp"][name] = cpu.as_cpu_experts(weight) or weight
-    rooms = [(layer["attention"], name) for layer in params["layers"].values() for name in "qkvo"]
-    for room, name in [*rooms, (params, "unembedding")]:
-        found = cpu.as_compact(room[name], inputs=2 if name == "o" else 1)
-        room[name] = room[name] if found is None else found
+            if isinstance(mlp[name], MxTensor):
+                replace(mlp, name, cpu.as_cpu_experts(mlp[name]))
+        for name in "qkvo":
+            inputs = 2 if name == "o" else 1
+            replace(attention, name, cpu.as_compact(attention[name], inputs))
+    replace(params, "unembedding", cpu.as_compact(params["unembedding"], 1))
     return params
 
 
