@@ -2,8 +2,8 @@
 
 A decode step reads an expert from one end to the other, and finds a value by one lookup in a table
 of its block's scale: of 32 words each holds the four rows' codes of one value, one below the other
-(arithmetic.h). The released bytes take a third more instructions. Made at load and never saved: a
-rearrangement of the released bytes, which come back bit for bit.
+(arithmetic.h). With the released bytes that takes half as long again. Made at load and never saved:
+a rearrangement of the released bytes, which come back bit for bit.
 """
 
 import dataclasses
