@@ -66,7 +66,7 @@ def test_any_bits_come_back(shape, seed, random_bits):
     np.testing.assert_array_equal(bits(found.released()), bits(weight))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 19, 64, 101])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 19, 40, 64, 101])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_bit_of_a_product(arithmetic, monkeypatch, shape, rows):
     monkeypatch.setattr(compact, "MOST_EXCEPTIONS", 1)

@@ -23,7 +23,6 @@ from gptoss_jax.mxfp4 import BLOCK, BYTES, MxTensor
 
 CPU_CANDIDATES = {
     "columns": (16, 32, 64, 128),
-    "direct_columns": (32, 64, 128),
     "cache": (256 << 10, 512 << 10, 1 << 20),
 }
 GPU_CANDIDATES = {
@@ -152,10 +151,7 @@ def search(
 
 def _cpu(config: GptOssConfig, rows: Sequence[int]) -> list[Kernels]:
     product = jax.jit(cpu.grouped_product)
-    given = [
-        (x_MI, experts_MX, cpu.as_cpu_experts(weight) or weight)
-        for x_MI, experts_MX, weight in _operands(config, rows)
-    ]
+    given = _operands(config, rows, lambda weight: cpu.as_cpu_experts(weight) or weight)
 
     def call(values: library.Tuning, operands) -> Call:
         def run():
@@ -246,15 +242,19 @@ def _gpu(
     ]
 
 
-def _operands(config: GptOssConfig, rows: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Gate and up of a layer's experts for each number of rows, each row with experts of its own
-    choice.
+def _operands(
+    config: GptOssConfig,
+    rows: Sequence[int],
+    held: Callable[[MxTensor], Any] = lambda weight: weight,
+) -> list[tuple[Any, ...]]:
+    """Gate and up of a layer's experts, as they are held, for each number of rows, each row with
+    experts of its own choice.
     """
     random = np.random.default_rng(0)
     E, O, I = config.num_experts, 2 * config.intermediate_size, config.hidden_size
     blocks = random.integers(0, 256, (E, O, I // BLOCK, BYTES), np.uint8)
     scales = np.full((E, O, I // BLOCK), 118, np.uint8)
-    weight = MxTensor(jnp.asarray(blocks), jnp.asarray(scales))
+    weight = held(MxTensor(jnp.asarray(blocks), jnp.asarray(scales)))
 
     def some(count: int) -> tuple[Any, ...]:
         x_MI = jnp.asarray(random.standard_normal((count, I), np.float32)).astype(jnp.bfloat16)

@@ -79,16 +79,18 @@ class CompactMatrix:
         assert math.prod(whole) == self.size, (shape, self.shape)
         return dataclasses.replace(self, shape=whole)
 
-    def head(self) -> "CompactMatrix":
-        """Its first rows, at most 16; exceptions of others are none of theirs."""
-        rows = min(GROUP, self.size // self.row)
-        return dataclasses.replace(
+    def head(self) -> jax.Array:
+        """The last axis at the others' beginning; reads 16 rows, whose exceptions are none of the
+        others'.
+        """
+        some = dataclasses.replace(
             self,
             bytes=self.bytes[:GROUP],
             exponents=self.exponents[:GROUP],
             starts=self.starts[: GROUP + 1],
-            shape=(rows, self.row),
+            shape=(min(GROUP, self.size // self.row), self.row),
         )
+        return some.released()[0, : self.shape[-1]]
 
     def released(self) -> jax.Array:
         """The bfloat16 array again, bit for bit."""

@@ -21,7 +21,6 @@ enum class Kind { kBfloat16, kFloat32, kPacked };
 // What `gptoss bench --tune` chooses; no result depends on it.
 struct Tuning {
   int64_t columns = 32;         // outputs of one task
-  int64_t direct_columns = 64;  // of one that unpacks in registers
   int64_t cache = 512 << 10;    // bytes of activations that stay in the second cache
 };
 extern Tuning gptoss_tuning;

@@ -94,12 +94,10 @@ class Tuning:
 
     Attributes:
       columns: Outputs of one task, a multiple of 8.
-      direct_columns: Of one that unpacks MXFP4 in registers, a multiple of 4.
       cache: Bytes of activations that stay in a core's second cache.
     """
 
     columns: int = 32
-    direct_columns: int = 64
     cache: int = 512 << 10
 
 

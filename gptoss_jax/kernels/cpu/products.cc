@@ -45,9 +45,10 @@ struct Problem {
       copy_rows(kind, static_cast<const uint16_t*>(w) + row * K, K, count, K, reinterpret_cast<float*>(to));
       return to;
     }
-    for (int64_t c = row; c < row + count; c += four ? 4 : 1, to += (four ? 4 : 1) * K * bytes)
-      (four ? use->unpack_four : use->unpack)(blocks(c), scales + c * (K / 32), int(K), to);
-    return to - count * K * bytes;
+    const auto unpack = four ? use->unpack_four : use->unpack;
+    for (int64_t c = 0; c < count; c += four ? 4 : 1)
+      unpack(blocks(row + c), scales + (row + c) * (K / 32), int(K), to + c * K * bytes);
+    return to;
   }
 };
 
@@ -78,7 +79,7 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
   std::vector<float> made;
   const char* x = p.activations(pool, p.rows, p.K, made);
   const bool direct = p.four && p.use->mx_four;
-  const int64_t step = direct ? gptoss_tuning.direct_columns : gptoss_tuning.columns;
+  const int64_t step = gptoss_tuning.columns;
   struct Task {
     int64_t expert, n, count;
   };
@@ -198,8 +199,8 @@ ffi::Error product(ffi::ThreadPool pool, bool transposed, ffi::AnyBuffer x, ffi:
 }  // namespace
 
 // Names of what this machine can compute with, the best first, by spaces.
-extern "C" void gptoss_tune(int64_t columns, int64_t direct_columns, int64_t cache) {
-  gptoss_tuning = {columns, direct_columns, cache};
+extern "C" void gptoss_tune(int64_t columns, int64_t cache) {
+  gptoss_tuning = {columns, cache};
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptoss_product, product,
