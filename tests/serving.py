@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
 import threading
 import time
 
@@ -126,6 +127,23 @@ def served(app, **config):
         thread.join(20)
         sock.close()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def started(command):
+    """A program that serves as `gptoss serve` does, from when it listens; yields it and its
+    address. It has ended afterwards, whatever happens.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        try:
+            lines = iter(p.stdout.readline, "")
+            said = next((line for line in lines if "served at" in line), None)
+            assert said, p.stderr.read()
+            yield p, said.split()[-1]
+        finally:
+            if p.poll() is None:
+                p.kill()
+                p.communicate()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import json
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from responding import (
     same,
     stream,
 )
-from serving import DATE, HELLO, A, E, F, R, S, app_of, served, until
+from serving import DATE, HELLO, A, E, F, R, S, app_of, served, started, until
 
 from gptoss_jax.server.settings import ServerSettings
 from gptoss_jax.server.store import Store
@@ -210,25 +209,15 @@ def test_what_ran_in_the_background_when_the_server_ended_has_failed(tmp_path):
     engine.close(0)
 
 
-SERVER = r"""
+SERVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import uvicorn
 from fakes import ScriptedEngine
 from serving import HELLO
-from gptoss_jax.server.app import create_app
+from gptoss_jax.cli.serve import bind, serve
 from gptoss_jax.server.settings import ServerSettings
-from gptoss_jax.server.store import Store
 engine = ScriptedEngine(HELLO, repeat=True, delay=0.001)
-app = create_app(engine, ServerSettings(store=sys.argv[2]))
-server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-config = server.config
-config.load()
-import socket
-sock = socket.socket()
-sock.bind(("127.0.0.1", 0))
-print(sock.getsockname()[1], flush=True)
-server.run(sockets=[sock])
+serve(engine, ServerSettings(store=sys.argv[2]), bind("127.0.0.1", 0))
 """
 
 
@@ -264,21 +253,19 @@ def talk(base, name, told):
 def test_what_clients_were_told_survives_sigkill(tmp_path, kills):
     """Clients of a server that is killed; what they were told is there in the next one."""
     path, told, chance = tmp_path / "responses.db", {}, random.Random(kills)
-    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(path)]
     for _ in range(kills):
-        command = [sys.executable, "-c", SERVER, tests, str(path)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert server.stdout is not None
-        base = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        before = len(told)
-        threads = [threading.Thread(target=talk, args=(base, name, told)) for name in "abc"]
-        for thread in threads:
-            thread.start()
-        until(lambda before=before: len(told) > before + 10, seconds=30)
-        time.sleep(chance.uniform(0, 0.2))
-        server.kill()
-        assert server.wait() == -signal.SIGKILL
-        server.stdout.close()
+        enough = len(told) + 10
+        with started(command) as (server, address):
+            base = f"{address}/v1"
+            threads = [threading.Thread(target=talk, args=(base, name, told)) for name in "abc"]
+            for thread in threads:
+                thread.start()
+            until(lambda enough=enough: len(told) > enough, seconds=30)
+            assert all(thread.is_alive() for thread in threads), "a client lost the server"
+            time.sleep(chance.uniform(0, 0.2))
+            server.kill()
+            assert server.wait() == -signal.SIGKILL
         for thread in threads:
             thread.join(30)
     app, engine = app_of(HELLO, settings=ServerSettings(date=DATE, store=str(path)))

@@ -1,7 +1,6 @@
 """`gptoss serve` as a program: it says where it is, answers, drains on SIGTERM, and says in one line
 what is wrong."""
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving import started
 
 GPTOSS = [sys.executable, "-m", "gptoss_jax.cli.main"]
 
@@ -39,20 +39,6 @@ def scripted(drain):
     """The same without a model."""
     code = SCRIPTED.format(tests=str(Path(__file__).parent), drain=drain)
     return started([sys.executable, "-c", code])
-
-
-@contextlib.contextmanager
-def started(command):
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        try:
-            lines = iter(p.stdout.readline, "")
-            said = next((line for line in lines if "served at" in line), None)
-            assert said, p.stderr.read()
-            yield p, said.split()[-1]
-        finally:
-            if p.poll() is None:
-                p.kill()
-                p.communicate()
 
 
 def chat(address, **more):
