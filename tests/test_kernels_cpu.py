@@ -280,10 +280,10 @@ def attended(q, k, v, sinks, q_positions, k_positions, window):
     return out
 
 
-def attention_case(B, T, S, dtype, first, window, seed=0, ring=False):
+def attention_case(B, T, S, dtype, first, window, seed=0, ring=False, heads=(6, 2)):
     """Queries at positions first .. first + T - 1; slots hold their own positions, or a ring's."""
     rng = np.random.default_rng(seed)
-    N, K, H = 6, 2, 64
+    (N, K), H = heads, 64
     q = jnp.asarray(2 * rng.normal(size=(B, T, N, H)), dtype)
     k, v = (jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2))
     sinks = jnp.asarray(2 * rng.normal(size=N), jnp.float32)
@@ -316,6 +316,15 @@ def test_attention_in_float64(arithmetic, T, S, first, window, ring, dtype):
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize(("first", "window"), [(0, None), (252, None), (294, 128)])
+def test_one_query_of_eight_heads_in_float64(arithmetic, first, window):
+    """gpt-oss's group, in decode: bfloat16's values are multiplied without a panel."""
+    parts, window = attention_case(2, 1, 300, jnp.bfloat16, first, window, heads=(24, 3))
+    found = jax.jit(cpu.attention, static_argnums=6)(*map(jnp.asarray, parts), window)
+    expected = attended(*parts, window)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=1.5e-2, rtol=0)
+
+
 def test_attention_is_no_worse_than_the_reference():
     parts, _ = attention_case(2, 30, 300, jnp.bfloat16, 250, None)
     expected, errors = attended(*parts, None), []
@@ -326,9 +335,10 @@ def test_attention_is_no_worse_than_the_reference():
     assert errors[0] <= 1.02 * errors[1]
 
 
+@pytest.mark.parametrize("heads", [(6, 2), (16, 2)])
 @pytest.mark.parametrize("window", [None, 128])
-def test_a_query_does_not_depend_on_the_others(arithmetic, window):
-    parts, _ = attention_case(1, 70, 700, jnp.bfloat16, 600, window)
+def test_a_query_does_not_depend_on_the_others(arithmetic, window, heads):
+    parts, _ = attention_case(1, 70, 700, jnp.bfloat16, 600, window, heads=heads)
     call = jax.jit(cpu.attention, static_argnums=6)
     whole = call(*map(jnp.asarray, parts), window)
     q, k, v, sinks, q_positions, k_positions = parts

@@ -16,8 +16,10 @@ struct Arithmetic {
   int bytes;   // of an operand: 2 (bfloat16) or 4 (float32)
   int compact_rows;  // that `compact` takes at once; 0: there is none
 
-  // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32.
-  void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y);
+  // y[m][n] = sum_k x[m][k] w[n * stride + k]; K a multiple of 32. A head's rows of 64 values lie too far apart to
+  // be read ahead by the machine: what is `ahead` bytes after each is asked for, here and below, unless that is 0.
+  void (*tiles)(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y,
+                int64_t ahead);
   // The same with packed rows, four in turn, unpacked in registers; null where they are unpacked before.
   void (*mx_four)(const void* const* x, int rows, const uint8_t* blocks, const uint8_t* scales, int N, int K, float* const* y);
   // A packed row as it was released -> operands; and four in turn -> operands [4, K], where there is no mx_four.
@@ -29,8 +31,10 @@ struct Arithmetic {
   void (*unpack_compact)(const Compact& w, int64_t n, void* out);
   // y[m * stride_y + k] += sum_n g[m][n] w[n][k] for n < N (even), k < K (a multiple of 64 in panels); the panel was made by
   // `panel` from rows of operands.
-  void (*panel)(const void* const* w, int N, int K, void* out);
+  void (*panel)(const void* const* w, int N, int K, void* out, int64_t ahead);
   void (*spread)(const void* const* g, int rows, const void* panel, int N, int K, float* y, int64_t stride_y);
+  // The same for eight rows of g, straight from the rows of operands; bfloat16's alone.
+  void (*spread_eight)(const void* const* g, const void* const* w, int N, int K, float* y, int64_t stride_y, int64_t ahead);
 
   // Of `count` scores, a multiple of 16: the largest; and exp(score - largest) as operands, whose sum in float32 is given.
   float (*largest)(const float* scores, int count);

@@ -1,10 +1,11 @@
 // Attention with sinks over keys whose positions are known, for decode, for prefill and for training.
 //
 // A task has the queries of a kv head's group for a few positions, or of several heads if they are few, and reads keys and
-// values in blocks, all its heads' of one block before the next: their values are neighbours in memory. Sums are scaled as
-// the largest score grows (Milakov and Gimelshein 2018, algorithm 3), and begin with the sink. Keys that none of the
-// task's queries sees are not read, so that the cost follows what is visible and not the cache's size. A query's result does
-// not depend on the others of its task: keys that it does not see add zeros.
+// values in blocks, all its heads' of one block before the next: their values are neighbours in memory, and while those of
+// one are multiplied, the next are asked for. Sums are scaled as the largest score grows (Milakov and Gimelshein 2018,
+// algorithm 3), and begin with the sink. Keys that none of the task's queries sees are not read, so that the cost follows
+// what is visible and not the cache's size. A query's result does not depend on the others of its task: keys that it does
+// not see add zeros.
 #include "attention.h"
 
 #include <cmath>
@@ -54,7 +55,8 @@ void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t hea
   }
   std::memset(all_sums, 0, all * H * 4);
 
-  const auto add = [&](const Visibility::Part& part, int64_t h) {
+  // `ahead`: bytes from its keys and values to the next ones; 0 if there are none.
+  const auto add = [&](const Visibility::Part& part, int64_t h, int64_t ahead) {
     const void* const* q_rows = all_q + h * rows;
     const float* q_wide = q_all + h * rows * H;
     float *sums = all_sums + h * rows * H, *most = all_most + h * rows, *total = all_total + h * rows;
@@ -81,7 +83,7 @@ void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t hea
       for (int64_t r = 0; r < rows; r++)
         for (int64_t s = 0; s < padded; s++) scores[r * kKeys + s] += others[r * kKeys + s];
     } else {
-      use.tiles(q_rows, int(rows), k, stride, int(some), int(H), score_rows);
+      use.tiles(q_rows, int(rows), k, stride, int(some), int(H), score_rows, ahead);
     }
     for (int64_t r = 0; r < rows; r++) {
       float* row = score_rows[r];
@@ -104,12 +106,20 @@ void one_task(const Attention& p, const Visibility& keys, int64_t b, int64_t hea
     }
     const int64_t even = (some + 1) / 2 * 2;  // of an odd number of keys the last is read twice, with a weight of 0
     for (int64_t s = 0; s < even; s++) v_rows[s] = v + std::min(s, some - 1) * stride * bytes;
-    use.panel(v_rows, int(even), int(H), panel);
+    if (rows == 8) return use.spread_eight(weight_rows, v_rows, int(even), int(H), sums, H, ahead);
+    use.panel(v_rows, int(even), int(H), panel, ahead);
     use.spread(weight_rows, int(rows), panel, int(even), int(H), sums, H);
   };
-  for (int64_t block = 0; block < keys.count(); block++) {
-    const Visibility::Part part = keys.part(queries, b, block);
-    for (int64_t h = 0; part.start < part.end && h < heads; h++) add(part, h);
+  int64_t block = 0;
+  const auto following = [&]() -> Visibility::Part {
+    while (block < keys.count())
+      if (const Visibility::Part part = keys.part(queries, b, block++); part.start < part.end) return part;
+    return {0, 0, false};
+  };
+  for (Visibility::Part part = following(), next; part.start < part.end; part = next) {
+    next = following();
+    const int64_t last = next.start < next.end ? (next.start - part.start) * p.K - (heads - 1) : 0;
+    for (int64_t h = 0; h < heads; h++) add(part, h, (h + 1 < heads ? 1 : last) * H * size);
   }
   for (int64_t r = 0; r < all; r++) {
     float* sums = all_sums + r * H;

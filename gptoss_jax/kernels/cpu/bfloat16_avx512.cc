@@ -13,7 +13,6 @@ constexpr int kSome = 8, kNear = 16;        // rows of activations, and of weigh
 // ahead itself.
 constexpr int kAhead = 8192, kAheadNear = 2304;
 constexpr int kHead = 64;  // values of the shortest rows, which are attention's
-constexpr int kSoon = 48;  // rows after which such a row is asked for: they lie too far apart to be read ahead by the machine
 constexpr int kPart = 1440, kKept = 192;  // values of K at once, and rows whose sums can wait for the next
 
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -196,9 +195,12 @@ inline void transpose(__m512i (&v)[16]) {
   for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
+inline void ask(const void* line, int64_t ahead) { _mm_prefetch((const char*)line + ahead, _MM_HINT_T1); }
+
 // Rows of weights of kHead values are so short that adding lanes up is most of the work: 16 of them are turned over, and
 // lanes become vectors. What is added to what is as in `totals`.
-void short_rows(const uint16_t* const* x, int rows, const uint16_t* w, int64_t stride, int N, float* const* y) {
+void short_rows(const uint16_t* const* x, int rows, const uint16_t* w, int64_t stride, int N, float* const* y,
+                int64_t ahead) {
   alignas(64) __m512i turned[2][16];
   for (int n = 0; n + 16 <= N; n += 16) {
     for (int half = 0; half < 2; half++) {
@@ -209,8 +211,8 @@ void short_rows(const uint16_t* const* x, int rows, const uint16_t* w, int64_t s
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) turned[half][i] = v[i];
     }
-    for (int i = kSoon; i < kSoon + 16; i++)
-      for (int half = 0; half < 2; half++) _mm_prefetch((const char*)(w + (n + i) * stride + 32 * half), _MM_HINT_T0);
+    for (int i = 0; ahead && i < 16; i++)
+      for (int half = 0; half < 2; half++) ask(w + (n + i) * stride + 32 * half, ahead);
     for (int r = 0; r < rows; r++) {
       const auto lane = [&](int i) __attribute__((always_inline)) {
         int pairs[2];
@@ -230,10 +232,10 @@ void short_rows(const uint16_t* const* x, int rows, const uint16_t* w, int64_t s
     for (int r = 0; r < rows; r++) tile<1, 1, 0, 0>(x + r, w + n * stride, stride, 0, kHead, true, true, nullptr, y + r, n);
 }
 
-void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
+void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y, int64_t ahead) {
   const uint16_t* const* a = reinterpret_cast<const uint16_t* const*>(x);
   const uint16_t* b = static_cast<const uint16_t*>(w);
-  if (K == kHead) return short_rows(a, rows, b, stride, N, y);
+  if (K == kHead) return short_rows(a, rows, b, stride, N, y, ahead);
   switch (rows) {
     case 1: return few<1>(a, b, stride, 0, N, K, y);
     case 2: return few<2>(a, b, stride, 0, N, K, y);
@@ -271,13 +273,12 @@ void unpack(const uint8_t* blocks, const uint8_t* scales, int K, void* out) {
 
 // Pairs of rows beside each other: [N / 2, K, 2], columns of every 32 in the order 0-3 8-11 16-19 24-27, 4-7 ... (what
 // unpacking within 128-bit lanes gives); spread undoes it when it reads and writes sums.
-void panel(const void* const* w, int N, int K, void* out) {
+void panel(const void* const* w, int N, int K, void* out, int64_t ahead) {
   uint16_t* to = static_cast<uint16_t*>(out);
   for (int n = 0; n < N; n += 2) {
     const uint16_t *a = static_cast<const uint16_t*>(w[n]), *b = static_cast<const uint16_t*>(w[n + 1]);
-    for (int i = n + kSoon; i < n + kSoon + 2 && i < N; i++)
-      for (int line = 0; line < 2; line++) _mm_prefetch((const char*)w[i] + 64 * line, _MM_HINT_T0);
     for (int k = 0; k < K; k += 32, to += 64) {
+      if (ahead) ask(a + k, ahead), ask(b + k, ahead);
       const __m512i x = _mm512_loadu_si512(a + k), y = _mm512_loadu_si512(b + k);
       _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
       _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
@@ -342,6 +343,39 @@ void spread(const void* const* g, int rows, const void* from, int N, int K, floa
     by_rows<Spread>(rows - m < kRows ? rows - m : kRows, a + m, b, N, K, y + m * stride, stride);
 }
 
+// Without a panel, for one kv head's queries: pairs are made as they are read, half a head's columns at a time.
+void spread_eight(const void* const* g, const void* const* w, int N, int K, float* y, int64_t stride, int64_t ahead) {
+  const uint16_t* const* from = reinterpret_cast<const uint16_t* const*>(w);
+  for (int k = 0; k < K; k += 32) {
+    __m512 sums[8][2];
+    for (int r = 0; r < 8; r++) {
+      const float* at = y + r * stride + k;
+      in_pairs(_mm512_loadu_ps(at), _mm512_loadu_ps(at + 16), sums[r][0], sums[r][1]);
+    }
+    for (int n = 0; n < N; n += 2) {
+      if (ahead) ask(from[n] + k, ahead), ask(from[n + 1] + k, ahead);
+      const __m512i first = _mm512_loadu_si512(from[n] + k), second = _mm512_loadu_si512(from[n + 1] + k);
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
+      const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; r++) {
+        int pair;
+        __builtin_memcpy(&pair, static_cast<const uint16_t*>(g[r]) + n, 4);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, low);
+        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], a, high);
+      }
+    }
+    for (int r = 0; r < 8; r++) {
+      float* at = y + r * stride + k;
+      __m512 first, second;
+      in_order(sums[r][0], sums[r][1], first, second);
+      _mm512_storeu_ps(at, first);
+      _mm512_storeu_ps(at + 16, second);
+    }
+  }
+}
+
 #include "compact_avx512.h"
 
 float largest(const float* scores, int count) {
@@ -377,4 +411,4 @@ float exponentials(const float* scores, int count, float largest, void* out) {
 }  // namespace
 
 extern "C" const Arithmetic gptoss_bfloat16_avx512 = {2,     kCompactRows, tiles,          mx_four, unpack, nullptr,
-                                                      compact, unpack_compact, panel, spread, largest, exponentials};
+                                                      compact, unpack_compact, panel, spread, spread_eight, largest, exponentials};

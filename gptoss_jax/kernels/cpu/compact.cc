@@ -57,7 +57,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, Bytes rows, B
         at[m] = from + (start + m) * K * bytes;
         to[m] = out + (start + m) * N;
       }
-      use->tiles(at, int(some), room, K, int(count), int(K), to);
+      use->tiles(at, int(some), room, K, int(count), int(K), to, 0);
     }
   });
   return ffi::Error::Success();

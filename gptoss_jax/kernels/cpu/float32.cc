@@ -75,7 +75,7 @@ void columns(const float* const* x, const float* w, int64_t stride, int N, int K
   for (; n < N; n++) tile<R, 1>(x, w + n * stride, stride, K, y, n);
 }
 
-void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y) {
+void tiles(const void* const* x, int rows, const void* w, int64_t stride, int N, int K, float* const* y, int64_t) {
   const float* const* a = reinterpret_cast<const float* const*>(x);
   const float* b = static_cast<const float*>(w);
   int m = 0;
@@ -183,7 +183,7 @@ void unpack_compact(const Compact& w, int64_t n, void* out) {
     for (int32_t i = w.starts[n + row]; i < w.starts[n + row + 1]; i++) to[row * w.K + w.places[i]] = widened(w.values[i]);
 }
 
-void panel(const void* const* w, int N, int K, void* out) {
+void panel(const void* const* w, int N, int K, void* out, int64_t) {
   for (int n = 0; n < N; n++) __builtin_memcpy(static_cast<float*>(out) + int64_t(n) * K, w[n], 4 * uint64_t(K));
 }
 
@@ -338,6 +338,6 @@ void through_softmax(const float* weights, float mean, int count, float* d) {
 }  // namespace
 
 extern "C" const Arithmetic NAME = {
-    4,       0,            tiles,   nullptr,   unpack, unpack_four,     nullptr, unpack_compact,  panel,  spread,
+    4,       0,            tiles,   nullptr,   unpack, unpack_four,     nullptr, unpack_compact, panel, spread, nullptr,
     largest, exponentials, product, transpose, mask,   through_softmax, swiglu,  swiglu_gradient, rotate, triple,
     scaled,  cross_entropy};

@@ -107,7 +107,7 @@ void multiply(ffi::ThreadPool& pool, const Problem& p) {
       if (direct)
         p.use->mx_four(at, int(some), p.blocks(row), p.scales + row * (p.K / 32), int(count), int(p.K), to);
       else
-        p.use->tiles(at, int(some), w, p.K, int(count), int(p.K), to);
+        p.use->tiles(at, int(some), w, p.K, int(count), int(p.K), to, 0);
     }
   });
 }
@@ -157,7 +157,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const Problem& p) {
             std::memset(to + columns * bytes, 0, (wide - columns) * bytes);
             two[j] = to;
           }
-          p.use->panel(two, 2, int(wide), panel + d * wide * bytes);
+          p.use->panel(two, 2, int(wide), panel + d * wide * bytes, 0);
         }
         for (int64_t m = 0; m < some; m++) at[m] = g + (pairs[start + m] * p.N + n) * bytes;
         p.use->spread(at, int(some), panel, int(deep), int(wide), sums, wide);
