@@ -48,15 +48,20 @@ def engine(model):
     engine.close(0)
 
 
-def submit(engine, requests):
+def submit(engine, requests, heard=lambda k, i: None):
     """Generations, and a function that waits for what every completion gets: {(request, index):
-    pieces}.
+    pieces}. `heard` is called after each piece.
     """
     came: queue.Queue = queue.Queue()
-    generations = [
-        engine.submit(request, lambda i, piece, k=k: came.put((k, i, piece)))
-        for k, request in enumerate(requests)
-    ]
+
+    def listener(k):
+        def listen(i, piece):
+            came.put((k, i, piece))
+            heard(k, i)
+
+        return listen
+
+    generations = [engine.submit(request, listener(k)) for k, request in enumerate(requests)]
 
     def wait():
         left, parts = sum(request.sampling.n for request in requests), {}
@@ -69,9 +74,24 @@ def submit(engine, requests):
     return generations, wait
 
 
-def run(engine, requests):
-    """Completions (or Failures) of every request, as a list of lists."""
-    parts = submit(engine, requests)[1]()
+class Gate:
+    """Where a listener holds the engine, which is at work in the thread that calls it."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def hold(self):
+        self.reached.set()
+        self.opened.wait(60)
+
+
+def run(engine, requests, submitted=lambda: None):
+    """Completions (or Failures) of every request, as a list of lists; `submitted` is called when
+    all are.
+    """
+    wait = submit(engine, requests)[1]
+    submitted()
+    parts = wait()
     ends = {
         key: pieces[-1] if isinstance(pieces[-1], Failure) else join(pieces)
         for key, pieces in parts.items()
@@ -243,6 +263,7 @@ def test_page_table_against_brute_force(calls, count):
         if call == "forget":
             table.forget([name])
             used = [n for n in used if n != name]
+            written = {page: held for page, held in written.items() if held != name}
         elif name in used:
             page = table.find(name)
             assert written[page] == name
@@ -281,34 +302,51 @@ def test_cancel_ends_within_a_step_and_frees(engine):
     rng = np.random.default_rng(3)
     long = Sampling(seed=1, ignore_eos=True, n=2)
     came = collections.defaultdict(list)
-    done, started = threading.Event(), threading.Event()
+    started, ended, done = Gate(), Gate(), threading.Event()
 
     def listen(i, piece):
         came[i].append(piece)
-        if len(came[0]) > 3:
-            started.set()
-        if {0, 1} <= {k for k, p in came.items() if p[-1].finish_reason}:
+        if i == 0 and len(came[0]) == 4:
+            started.hold()
+        if i == 0 and piece.finish_reason:
+            ended.hold()
+        if i == 1 and piece.finish_reason:
             done.set()
 
     generation = engine.submit(Request(rng.integers(0, V, 60).tolist(), long, 180), listen)
-    assert started.wait(60)
+    assert started.reached.wait(60)
     steps = engine.statistics()["steps_total"]
     generation.cancel(0)
     generation.cancel(0)
-    while not came[0][-1].finish_reason:
-        time.sleep(0.001)
+    started.opened.set()
+    assert ended.reached.wait(60)
     assert engine.statistics()["steps_total"] - steps < 20
     assert came[0][-1].finish_reason == "cancelled"
     assert not came[1][-1].finish_reason
     generation.cancel()
+    ended.opened.set()
     assert done.wait(60)
     assert came[1][-1].finish_reason == "cancelled"
     settled(engine, slots_busy=0, queue=0)
     # in the queue, and while the prompt is read
+    before, reading, heard = Gate(), Gate(), collections.Counter()
+
+    def third(k, i):
+        heard[k, i] += 1
+        if heard[0, 0] == 3:
+            reading.hold()
+
+    engine.submit(Request([1], Sampling(), 1), lambda i, piece: before.hold())
+    assert before.reached.wait(60)
     many = [Request(rng.integers(0, V, 200).tolist(), long, 40) for _ in range(6)]
-    generations, wait = submit(engine, many)
+    generations, wait = submit(engine, many, third)
+    before.opened.set()
+    assert reading.reached.wait(60)
+    assert engine.statistics()["slots_busy"] == 4  # the second is at work
+    assert not heard[1, 0]
     for generation in generations[1:]:
         generation.cancel()
+    reading.opened.set()
     ends = {key: parts[-1].finish_reason for key, parts in wait().items()}
     assert [ends[0, i] for i in range(2)] == ["length"] * 2
     assert {ends[k, i] for k in range(1, 6) for i in range(2)} == {"cancelled"}
@@ -344,12 +382,12 @@ def test_priorities_and_a_bounded_queue(model):
     engine = Engine(model, SETTINGS)
     came: queue.Queue = queue.Queue()
     s = Sampling(seed=0, ignore_eos=True, n=SETTINGS.slots)  # one request takes all slots
-    held = threading.Event()
+    gates = {name: Gate() for name in ("first", "left", "late")}
 
     def listener(name):
         def listen(i, piece):
-            if name == "first":  # holds the engine until all are in the queue
-                held.wait(60)
+            if name in gates:  # holds the engine until what is to come before it has come
+                gates[name].hold()
             if piece.finish_reason and i == 0:
                 came.put((name, piece.finish_reason))
 
@@ -365,7 +403,7 @@ def test_priorities_and_a_bounded_queue(model):
         engine.submit(Request([3], s, 2), listener("busy"))
     for generation in rest:
         generation.cancel()
-    held.set()
+    gates["first"].opened.set()
     ends = [came.get(timeout=60) for _ in range(21)]
     assert [end for end in ends if end[0] != "rest"] == [
         (n, "length") for n in "first a b low".split()
@@ -377,15 +415,26 @@ def test_priorities_and_a_bounded_queue(model):
     closing.join(0.05)
     assert closing.is_alive()
     left.cancel()
+    gates["left"].opened.set()
     closing.join(60)
     assert not closing.is_alive()
     with pytest.raises(Closing):
-        engine.submit(Request([3], s, 2), listener("late"))
+        engine.submit(Request([3], s, 2), listener("too late"))
     assert came.get(timeout=10) == ("left", "cancelled")
     left.cancel()
     late = Engine(model, SETTINGS)
     late.submit(Request([3], s, 200), listener("late"))
-    late.close(0)
+    closing = threading.Thread(target=late.close, args=(0,))
+    closing.start()
+    refusal, end = None, time.monotonic() + 30
+    while not isinstance(refusal, Closing):
+        assert time.monotonic() < end
+        try:
+            late.submit(Request([3], s, 2), lambda i, piece: None)
+        except (Busy, Closing) as error:
+            refusal = error
+    gates["late"].opened.set()
+    closing.join(60)
     assert came.get(timeout=10) == ("late", "cancelled")
 
 
@@ -454,9 +503,10 @@ def test_nothing_compiles_after_warm_up(engine):
 def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):
     request = Request(list(range(50)), Sampling(seed=4, ignore_eos=True), 20)
     expected = run(engine, [request])[0][0]
-    advance, calls = choices.advance, []
+    advance, calls, everybody = choices.advance, [], threading.Event()
 
     def broken(params, slots, *rest, **keywords):
+        everybody.wait(60)
         slots, logits = advance(params, slots, *rest, **keywords)
         calls.append(1)
         if len(calls) == 5:  # what was donated is lost
@@ -466,11 +516,12 @@ def test_failures_are_those_of_the_requests_at_work(engine, monkeypatch):
         return slots, logits
 
     monkeypatch.setattr(choices, "advance", broken)
-    ends = [c[0] for c in run(engine, [request] * 4)]
+    ends = [c[0] for c in run(engine, [request] * 4, everybody.set)]
     assert ["is gone" in str(getattr(end, "error", "")) for end in ends] == [True] * 4
     settled(engine, slots_busy=0)
     calls.extend([0] * (20 - len(calls)))
-    ends = [c[0] for c in run(engine, [request] * 4)]
+    everybody.clear()
+    ends = [c[0] for c in run(engine, [request] * 4, everybody.set)]
     failed = [end for end in ends if isinstance(end, Failure)]
     assert len(failed) == 1
     assert "not numbers" in str(getattr(failed[0], "error", ""))
