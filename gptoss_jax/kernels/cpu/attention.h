@@ -28,6 +28,19 @@ struct Range {
     first = std::min(first, position), last = std::max(last, position);
     low = std::min(low, segment), high = std::max(high, segment);
   }
+
+  // Many, of segment 0; without a branch, so that several are taken at once: a long context has as many.
+  void add(const int32_t* positions, int64_t count) {
+    uint32_t least = first;  // nothing, as a negative number, is larger than any position
+    int32_t most = last, any = 0;
+    for (int64_t i = 0; i < count; i++) {
+      least = std::min(least, uint32_t(positions[i]));
+      most = std::max(most, positions[i]);
+      any |= positions[i];
+    }
+    first = int32_t(least), last = most, whole = whole && any >= 0;
+    if (last >= 0) low = std::min(low, 0), high = std::max(high, 0);
+  }
 };
 
 // Positions int32 [B, T] and [B, S], -1 for no key; segments of the same shapes, null for one; window 0 for none.
@@ -54,7 +67,8 @@ struct Visibility {
         blocks(B * count()) {
     for (int64_t i = 0; i < B * count(); i++) {
       const int64_t start = i / count() * S + i % count() * kKeys, end = std::min(start + kKeys, (i / count() + 1) * S);
-      for (int64_t s = start; s < end; s++) blocks[i].add(k_positions[s], k_segments ? k_segments[s] : 0);
+      if (!k_segments) blocks[i].add(k_positions + start, end - start);
+      for (int64_t s = start; k_segments && s < end; s++) blocks[i].add(k_positions[s], k_segments[s]);
     }
   }
 
