@@ -47,6 +47,15 @@ def no_engine_outlives_its_test():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """Ends what a test started by children.start and did not end."""
+    import children
+
+    yield
+    children.end()
+
+
 @pytest.fixture
 def client():
     """Makes openai clients of servers that replay scripts; with the engines."""

@@ -101,6 +101,7 @@ class ScriptedEngine:
         failing.
       capacity: Requests at work, above which submit raises Busy.
       fail_after: Steps after which every generation gets a Failure with `failure`.
+      hold_after: Steps after which it holds, until `go_on`.
 
     Records `requests`, `cancelled` (request's number, completion) and what runs in `running`.
     """
@@ -118,6 +119,7 @@ class ScriptedEngine:
         adapters: Sequence[str] = (),
         name: str = "scripted",
         fail_after: int | None = None,
+        hold_after: int | None = None,
         failure: Exception | None = None,
     ):
         self.tokenizer = tokenizer or load_tokenizer()
@@ -126,6 +128,7 @@ class ScriptedEngine:
         self.lenient = lenient
         self.max_context, self.adapters, self.name = max_context, tuple(adapters), name
         self.fail_after, self.failure = fail_after, failure or RuntimeError("scripted failure")
+        self.hold_after, self.steps, self.holds = hold_after, 0, threading.Event()
         self.requests: list[Request] = []
         self.cancelled: list[tuple[int, int]] = []
         self.running: list[ScriptedGeneration] = []
@@ -195,6 +198,11 @@ class ScriptedEngine:
         self.thread.join(10)
         OPEN.discard(self)
 
+    def go_on(self) -> None:
+        """Waits until it holds, and ends that."""
+        assert self.holds.wait(60)
+        self.held.set()
+
     def _take(self, request: Request) -> list[list[int]]:
         n = request.sampling.n
         if len(self.scripts) == 1 and callable(self.scripts[0]):
@@ -223,6 +231,10 @@ class ScriptedEngine:
                 time.sleep(self.delay)
             for generation in at_work:
                 generation.step()
+            self.steps += 1
+            if self.steps == self.hold_after:
+                self.held.clear()
+                self.holds.set()
 
     def ended(self, generation: "ScriptedGeneration") -> None:
         with self.work:

@@ -134,7 +134,8 @@ def started(command):
     """A program that serves as `gptoss serve` does, from when it listens; yields it and its
     address. It has ended afterwards, whatever happens.
     """
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as p:
         try:
             lines = iter(p.stdout.readline, "")
             said = next((line for line in lines if "served at" in line), None)

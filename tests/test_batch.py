@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 from fakes import ScriptedEngine
@@ -263,22 +264,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_killed_and_continued(engines, tmp_path, capsys):
-    """SIGKILL in the middle; meanwhile a second run of the same command is refused."""
+    """SIGKILL in the middle; until then a second run of the same command is refused."""
     write(tmp_path, [line(f"q{i}") for i in range(300)])
     output = tmp_path / "out" / "output.jsonl"
     words = ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), "--slots", "1"]
-    program = PROGRAM.format(tests=str(Path(__file__).parent))
-    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE)
-    try:
-        end = time.monotonic() + 60
-        while not (output.exists() and output.stat().st_size) and time.monotonic() < end:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGSTOP)
-        assert run(tmp_path) == 1
-        assert f"another run is writing {output}" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.communicate()
+    program = children.HOLDS_AFTER_THREE + PROGRAM.format(tests=str(Path(__file__).parent))
+    process = children.holding(program, *words)
+    assert run(tmp_path) == 1
+    assert f"another run is writing {output}" in capsys.readouterr().err
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     done = len(output.read_bytes().split(b"\n")) - 1
     assert 0 < done < 300
     assert run(tmp_path, "--json") == 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import children
 import finetuning
 import pytest
 import tiny
@@ -51,22 +52,33 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(folder, run, *options):
-    """The command in a process of its own, on one device."""
+# After the row of a step it waits until a signal comes; whoever sends that may be late.
+HOLDS = """
+import os, signal, sys
+from gptoss_jax.cli.main import main
+from gptoss_jax.train.metrics import Journal
+came, tell = os.pipe()
+os.set_blocking(tell, False)
+signal.set_wakeup_fd(tell)
+write, step = Journal.write, int(sys.argv.pop(1))
+def held(self, row):
+    write(self, row)
+    if row["step"] == step:
+        os.read(came, 1)
+Journal.write = held
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(folder, run, *options, hold=None):
+    """The command in a process of its own, on one device; `hold`: a step after which it waits."""
     flags = "--xla_backend_optimization_level=0"  # compiles in half the time
-    command = [
-        sys.executable,
-        "-m",
-        "gptoss_jax.cli.main",
-        "finetune",
-        "--config",
-        str(folder / "run.yaml"),
-    ]
-    return subprocess.Popen(
-        [*command, "--output", str(folder / run), *options],
+    program = ["-m", "gptoss_jax.cli.main"] if hold is None else ["-c", HOLDS, str(hold)]
+    words = ["finetune", "--config", str(folder / "run.yaml"), "--output", str(folder / run)]
+    return children.start(
+        [sys.executable, *program, *words, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, "GPTOSS_COMPILATION_CACHE": str(folder / "xla"), "XLA_FLAGS": flags},
     )
 
@@ -107,7 +119,7 @@ def test_killed_stopped_and_interrupted_it_continues_to_the_bit(place):
         (13, signal.SIGTERM, 0),
         (22, signal.SIGINT, 130),
     ):
-        process = start(place, "run")
+        process = start(place, "run", hold=step)
         until(process, journal, step)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)

@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
+import children
 import pytest
 
 import gptoss_jax as gj
@@ -152,28 +150,21 @@ def test_interrupted_torn_and_continued_with_another_batch_size(
 
 
 def test_killed_and_continued(loaded, tmp_path, capsys):
-    """SIGKILL in the middle; a second run beside the first is refused."""
+    """SIGKILL in the middle; until then a second run beside it is refused."""
     write(tmp_path / "p.jsonl", [{"prompt": f"What is {i} + 7?", "id": f"q{i}"} for i in range(30)])
     options = ("--seed", "1", "--date", DATE, "--effort", "high", "--max-new-tokens", "64")
     words = ["generate", "--input", "p.jsonl", "--output", "a.jsonl", "--batch-size", "1", *options]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptoss_jax.cli.main", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "XLA_FLAGS": ""},
+    program = (
+        f"{children.HOLDS_AFTER_THREE}from gptoss_jax.cli.main import main; main(sys.argv[1:])"
     )
-    try:
-        output, end = tmp_path / "a.jsonl", time.monotonic() + 60
-        while not (output.exists() and output.stat().st_size) and time.monotonic() < end:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGSTOP)
-        assert generate(tmp_path, *options) == 1
-        assert f"another run is writing {output}" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.communicate()
+    environ, output = {**os.environ, "XLA_FLAGS": ""}, tmp_path / "a.jsonl"
+    process = children.holding(program, *words, cwd=tmp_path, env=environ)
+    assert generate(tmp_path, *options) == 1
+    assert f"another run is writing {output}" in capsys.readouterr().err
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     done = len(output.read_bytes().splitlines())
-    assert 0 < done < 30
+    assert done == 3
     assert generate(tmp_path, *options, "--batch-size", "4", "--json") == 0
     assert json.loads(capsys.readouterr().out)["answered_before"] == done
     assert generate(tmp_path, *options, "--batch-size", "4", name="b.jsonl") == 0

@@ -4,6 +4,7 @@ cannot be promised is refused."""
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -742,6 +743,8 @@ def test_without_llguidance_it_says_what_to_install(monkeypatch):
 
 
 def test_a_busy_machine_says_so(monkeypatch):
+    grammar_trial._start()
+    os.kill(grammar_trial._child.pid, signal.SIGSTOP)  # else it may answer in no time
     monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
     with pytest.raises(Busy, match="try again later"):
         completion_grammar(TINY, response_format=Choice(["late"]))

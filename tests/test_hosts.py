@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import children
 import hosts_program
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ def start(*words, devices=4):
     environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environ["JAX_PLATFORMS"] = "cpu"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, words)], env=environ, text=True, **pipes)
+    return children.start([sys.executable, *map(str, words)], env=environ, **pipes)
 
 
 def end(process, timeout=240, stdin=""):
@@ -267,7 +268,7 @@ def test_who_is_missing_is_named_in_all():
     message = (
         f"2 of 4 processes came to {address}, missing 1, 3: start all with the same --num-processes"
     )
-    assert met(places, [{}, {}], timeout=1) == [message] * 2
+    assert met(places, [{}, {}], timeout=5) == [message] * 2
 
 
 def test_two_of_the_same_number_are_refused():

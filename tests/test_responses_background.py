@@ -57,11 +57,12 @@ def test_background(client):
 
 def test_a_stream_that_broke_goes_on_where_it_was(client):
     words = " one" * 60
-    api, engine = client(f"{F}{words}{R}", delay=0.005)
+    api, engine = client(f"{F}{words}{R}", delay=0.005, hold_after=50)
     made = api.responses.create(model="scripted", input="hi", background=True, stream=True)
     read = list(itertools.islice(made, 20))
     made.close()
     assert engine.running  # nobody reads, and it goes on
+    engine.go_on()
     rest = list(
         api.responses.retrieve(
             read[0].response.id, stream=True, starting_after=read[-1].sequence_number

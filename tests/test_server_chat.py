@@ -273,7 +273,8 @@ def test_stop_strings_end_the_visible_text_only(text, stop, expected):
 
 def test_a_stop_string_ends_one_of_n():
     endless = f"{F}a STOP" + " b" * 3000
-    whole, chunks, engine = ask(endless, f"{F}goes on{R}", n=2, stop=["STOP"])
+    slow = {"delay": 0.001}  # the server has seconds to cancel before the words are over
+    whole, chunks, engine = ask(endless, f"{F}goes on{R}", n=2, stop=["STOP"], engine=slow)
     same(whole, chunks, 0)
     same(whole, chunks, 1)
     assert [c["message"]["content"] for c in whole["choices"]] == ["a ", "goes on"]

@@ -5,25 +5,28 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from serving import started
+from serving import started, until
 
 GPTOSS = [sys.executable, "-m", "gptoss_jax.cli.main"]
 
 
 SCRIPTED = """
-import sys
+import sys, threading
 sys.path.insert(0, {tests!r})
 from fakes import ScriptedEngine
 from gptoss_jax.cli.serve import bind, serve
 from gptoss_jax.server.settings import ServerSettings
 words = "<|channel|>final<|message|>" + " word" * 300 + "<|return|>"
-engine = ScriptedEngine(words, repeat=True, delay=0.005)
+engine = ScriptedEngine(words, repeat=True, delay={delay}, hold_after={hold})
+def go_on():
+    sys.stdin.readline()
+    engine.go_on()
+threading.Thread(target=go_on, daemon=True).start()
 sys.exit(serve(engine, ServerSettings(drain_seconds={drain}), bind('127.0.0.1', 0)))
 """
 
@@ -35,9 +38,10 @@ def program(*options):
     )
 
 
-def scripted(drain):
-    """The same without a model."""
-    code = SCRIPTED.format(tests=str(Path(__file__).parent), drain=drain)
+def scripted(drain, delay=0.005, hold=None):
+    """The same without a model; after `hold` steps it waits for a line."""
+    tests = str(Path(__file__).parent)
+    code = SCRIPTED.format(tests=tests, drain=drain, delay=delay, hold=hold)
     return started([sys.executable, "-c", code])
 
 
@@ -47,23 +51,20 @@ def chat(address, **more):
 
 
 def test_sigterm_lets_the_running_finish():
-    with scripted(drain=60) as (program, address):
-        got = []
-        asking = threading.Thread(target=lambda: got.append(chat(address)))
-        asking.start()
-        while "slots_busy 1.0" not in httpx.get(f"{address}/metrics").text:
-            pass
+    with ThreadPoolExecutor() as pool, scripted(drain=60, hold=100) as (program, address):
+        asked = pool.submit(chat, address)
+        until(lambda: "slots_busy 1.0" in httpx.get(f"{address}/metrics").text)
         program.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        until(lambda: httpx.get(f"{address}/health").status_code == 503)
         assert chat(address).json()["error"]["code"] == "shutting_down"
-        assert httpx.get(f"{address}/health").status_code == 503
-        asking.join()
-        assert got[0].json()["usage"]["completion_tokens"] == 304
+        program.stdin.write("\n")
+        program.stdin.flush()
+        assert asked.result().json()["usage"]["completion_tokens"] == 304
         assert program.wait(20) == 0
 
 
 def test_sigterm_ends_what_does_not_finish_in_time():
-    with scripted(drain=0.2) as (program, address):
+    with scripted(drain=0.2, delay=0.05) as (program, address):
         body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()
@@ -85,7 +86,8 @@ def test_ctrl_c_is_130():
 
 @pytest.mark.slow
 def test_serve_answers_and_drains():
-    with program("--max-context", "640", "--log") as (running, address):
+    options = ("--max-context", "640", "--log")
+    with ThreadPoolExecutor() as pool, program(*options) as (running, address):
         body = {"messages": [{"role": "user", "content": "What is 7 + 5?"}], "temperature": 0}
         answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["model"] == "gpt-oss-tiny"
@@ -93,20 +95,12 @@ def test_serve_answers_and_drains():
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
         long = {"prompt": "Hello", "max_tokens": 500, "ignore_eos": True}
-        got: list[httpx.Response] = []
-
-        def ask():
-            got.append(httpx.post(f"{address}/v1/completions", json=long, timeout=120))
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        text = ""
-        while "gptoss_engine_slots_busy 1.0" not in text:
-            text = httpx.get(f"{address}/metrics").text
+        asked = pool.submit(httpx.post, f"{address}/v1/completions", json=long, timeout=120)
+        busy = "gptoss_engine_slots_busy 1.0"
+        until(lambda: busy in httpx.get(f"{address}/metrics").text)
         running.send_signal(signal.SIGTERM)
-        asking.join(120)
-        assert got[0].status_code == 200
-        assert got[0].json()["usage"]["completion_tokens"] == 500
+        assert asked.result().status_code == 200
+        assert asked.result().json()["usage"]["completion_tokens"] == 500
         assert running.wait(30) == 0
         log = running.stdout.read()
         assert log.count("/v1/chat/completions gpt-oss-tiny 200") == 1

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import children
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -246,7 +247,7 @@ def test_every_acknowledged_response_survives_sigkill(tmp_path, kills):
     for _ in range(kills):
         tests, start = str(Path(__file__).parent), str(max(acknowledged, default=-1) + 1)
         command = [sys.executable, "-c", WRITER, tests, str(path), start]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        writer = children.start(command, stdout=subprocess.PIPE)
         assert writer.stdout is not None
         lines = chance.randrange(1, 60)
         timer = threading.Timer(20, writer.kill)
