@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import children
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -50,8 +51,6 @@ def no_engine_outlives_its_test():
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     """Ends what a test started by children.start and did not end."""
-    import children
-
     yield
     children.end()
 

@@ -320,7 +320,7 @@ def test_cancel_ends_within_a_step_and_frees(engine):
     generation.cancel(0)
     started.opened.set()
     assert ended.reached.wait(60)
-    assert engine.statistics()["steps_total"] - steps < 20
+    assert engine.statistics()["steps_total"] - steps <= 1
     assert came[0][-1].finish_reason == "cancelled"
     assert not came[1][-1].finish_reason
     generation.cancel()

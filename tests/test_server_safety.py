@@ -140,7 +140,7 @@ def whole(answer):
     return said is not None and len(body) >= int(said[1])
 
 
-def raw(address, data, wait=20.0):
+def raw(address, data, wait=5.0):
     """Sends bytes as they are; what comes back until that is whole, or the server hangs up or falls
     silent.
     """

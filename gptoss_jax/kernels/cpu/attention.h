@@ -29,7 +29,7 @@ struct Range {
     low = std::min(low, segment), high = std::max(high, segment);
   }
 
-  // Many, of segment 0; without a branch, so that several are taken at once: a long context has as many.
+  // Many, of segment 0; without a branch, so that the compiler takes several at once: a long context's would be felt.
   void add(const int32_t* positions, int64_t count) {
     uint32_t least = first;  // nothing, as a negative number, is larger than any position
     int32_t most = last, any = 0;
@@ -67,8 +67,10 @@ struct Visibility {
         blocks(B * count()) {
     for (int64_t i = 0; i < B * count(); i++) {
       const int64_t start = i / count() * S + i % count() * kKeys, end = std::min(start + kKeys, (i / count() + 1) * S);
-      if (!k_segments) blocks[i].add(k_positions + start, end - start);
-      for (int64_t s = start; k_segments && s < end; s++) blocks[i].add(k_positions[s], k_segments[s]);
+      if (k_segments)
+        for (int64_t s = start; s < end; s++) blocks[i].add(k_positions[s], k_segments[s]);
+      else
+        blocks[i].add(k_positions + start, end - start);
     }
   }
 
